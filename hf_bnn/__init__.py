@@ -1,0 +1,45 @@
+"""hf_bnn: binary BERT for Hugging Face. Importing it registers the binary models with the Auto classes."""
+
+import importlib
+
+from .convert import binarize_, install_method, pack_, unpack_
+from .models import BinaryBertConfig, BinaryBertForSequenceClassification
+
+__version__ = "0.1.0"
+
+# Loaded on first use: packed models run without the training side.
+_LAZY = {
+    "BinaryTrainer": "trainer",
+    "BinaryTrainingArguments": "trainer",
+    "METHODS": "methods",
+    "STE": "methods",
+    "ApproxSign": "methods",
+    "Method": "methods",
+    "Surge": "methods",
+    "make_method": "methods",
+    "summary": "summary",
+}
+
+__all__ = [  # noqa: RUF022
+    "BinaryBertConfig",
+    "BinaryBertForSequenceClassification",
+    "BinaryTrainer",
+    "BinaryTrainingArguments",
+    "METHODS",
+    "STE",
+    "ApproxSign",
+    "Method",
+    "Surge",
+    "binarize_",
+    "install_method",
+    "make_method",
+    "pack_",
+    "summary",
+    "unpack_",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

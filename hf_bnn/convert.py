@@ -1,0 +1,143 @@
+"""Float to binary (for training), binary to packed (for inference), and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .layers import BinaryLinear, binary_layers
+from .levels import SignedLevels
+from .packed import PACKED, is_packed
+
+if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
+    from .methods.base import Method
+
+
+def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
+    """Whether a module's dotted name matches one of the shell-style patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]) -> list[str]:
+    """Swap, in place, every module for which `replacement(name, module)` is not None; return their names."""
+    done = []
+    for name, module in list(model.named_modules()):
+        new = replacement(name, module) if name else None
+        if new is not None:
+            model.set_submodule(name, new)
+            done.append(name)
+    return done
+
+
+def install_method(model: nn.Module, method: Method | None = None) -> nn.Module:
+    """Give every binary layer the method's parts, in place. Whatever an earlier method left is dropped.
+
+    None stands for the straight-through estimator.
+    """
+    from .methods.base import Method, Site
+
+    method = method or Method()
+    layers = binary_layers(model)
+    for index, layer in enumerate(layers):
+        weight = getattr(layer, "weight", None)
+        layer.install(method, Site(index, len(layers), None if weight is None else tuple(weight.shape)))
+        for _, part in layer.parts():
+            part.train(layer.training)
+    return model
+
+
+def binarize_(
+    model: nn.Module,
+    method: Method | None = None,
+    skip: tuple[str, ...] | list[str] = (),
+    binarize: str = "both",
+    levels: Callable[[str], SignedLevels] | None = None,
+) -> nn.Module:
+    """Turn every `nn.Linear` whose name matches no pattern in `skip` into a binary layer, in place.
+
+    The float weights become the latent weights. `levels(name)` makes the levels of a layer's input ({-1, 1} unless
+    given). `binarize`: "both", "weights" or "activations". Raises ValueError if nothing is left to binarize.
+
+    >>> model = binarize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), skip=("2",))
+    >>> [type(module).__name__ for module in model]
+    ['BinaryLinear', 'ReLU', 'Linear']
+    """
+
+    to_binary_(model, skip, binarize, levels)
+    return install_method(model, method)
+
+
+def to_binary_(
+    model: nn.Module,
+    skip: tuple[str, ...] | list[str] = (),
+    binarize: str = "both",
+    levels: Callable[[str], SignedLevels] | None = None,
+) -> nn.Module:
+    """`binarize_` without a method: the layers evaluate, but cannot be trained yet."""
+
+    def binary(name: str, module: nn.Module) -> nn.Module | None:
+        if type(module) is not nn.Linear or matches(name, skip):
+            return None
+        return BinaryLinear.from_float(module, binarize, levels(name) if levels else None)
+
+    if not replace_modules(model, binary):
+        raise ValueError(f"nothing to binarize: no layer outside skip={tuple(skip)} is one of ['Linear']")
+    return model
+
+
+@torch.no_grad()
+def pack_(model: nn.Module) -> nn.Module:
+    """Replace latent weights by their bits, in place, and switch to evaluation. The model can no longer be trained.
+
+    Raises ValueError if there is nothing to pack.
+
+    >>> model = pack_(binarize_(nn.Sequential(nn.Linear(8, 8))))
+    >>> model[0].weight.dtype, model[0].weight.shape
+    (torch.uint8, torch.Size([8, 1]))
+    """
+
+    def packed(name: str, module: nn.Module) -> nn.Module | None:
+        return PACKED[type(module)].from_latent(module) if _packs(module) else None
+
+    if not replace_modules(model, packed):
+        reason = "it is packed already" if is_packed(model) else "it has no binary weights and no rounded embeddings"
+        raise ValueError(f"nothing to pack in {type(model).__name__}: {reason}")
+    drop_method(model)
+    return model.eval()
+
+
+def empty_packed_(model: nn.Module) -> nn.Module:
+    """Like `pack_`, but leaves the bits to be loaded: works on the meta device."""
+    replace_modules(model, lambda _, module: PACKED[type(module)].empty_like(module) if _packs(module) else None)
+    drop_method(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def unpack_(model: nn.Module) -> nn.Module:
+    """Turn packed layers back into trainable ones, in place: latent weights are the signs times their scale.
+
+    The model computes what it did, up to the last bit of the scales. Raises ValueError if nothing is packed.
+    """
+
+    def latent(name: str, module: nn.Module) -> nn.Module | None:
+        return module.to_latent().train(module.training) if isinstance(module, tuple(PACKED.values())) else None
+
+    if not replace_modules(model, latent):
+        raise ValueError(f"nothing to unpack: {type(model).__name__} has no packed layer")
+    return install_method(model)
+
+
+def drop_method(model: nn.Module) -> None:
+    """Empty the slots of every binary layer that is left: it then only evaluates."""
+    for layer in binary_layers(model):
+        for slot in layer.slots:
+            setattr(layer, slot, None)
+
+
+def _packs(module: nn.Module) -> bool:
+    return type(module) in PACKED and getattr(module, "binarize", "both") != "activations"

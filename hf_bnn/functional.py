@@ -1,0 +1,117 @@
+"""Pure tensor functions: no modules, no state, no configuration."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def sign(x: Tensor) -> Tensor:
+    """-1 where `x < 0`, else +1, in the dtype of `x`: 0, -0.0 and NaN count as +1."""
+    return (x < 0).to(x.dtype).mul_(-2).add_(1)
+
+
+def sign_int8(x: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
+    """-1 where `x < threshold`, else +1, as int8: what the integer product takes."""
+    return (x < threshold).to(torch.int8).mul_(-2).add_(1)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hard: Tensor, soft: Tensor) -> Tensor:
+        return hard.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, grad
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of `hard`, the gradient of `soft`; same shapes.
+
+    Exact, unlike `soft + (hard - soft).detach()`, which rounds.
+    """
+    if hard.shape != soft.shape:
+        raise ValueError(f"hard has shape {tuple(hard.shape)} but soft has shape {tuple(soft.shape)}")
+    return _StraightThrough.apply(hard, soft)
+
+
+class _ClippedSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, clip: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.clip = clip
+        return sign(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        return grad * (x.abs() <= ctx.clip), None
+
+
+def clipped_sign(x: Tensor, clip: float = 1.0) -> Tensor:
+    """sign(x) with the gradient of clamp(x, -clip, clip): the straight-through estimator (arXiv 1602.02830, eq. 4)."""
+    return _ClippedSign.apply(x, clip)
+
+
+class _IdentitySign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return sign(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad
+
+
+def identity_sign(x: Tensor) -> Tensor:
+    """sign(x) with the gradient of x: the straight-through estimator without a clip bound."""
+    return _IdentitySign.apply(x)
+
+
+def channel_scale(weight: Tensor) -> Tensor:
+    """Mean |w| per output channel, shape `(out,)`, float32 (XNOR-Net, arXiv 1603.05279, eq. 6)."""
+    return weight.detach().float().abs().flatten(1).mean(1)
+
+
+def pack_bits(x: Tensor) -> Tensor:
+    """Sign bits of `(out, in)` as uint8 `(out, ceil(in / 8))`: little-endian along the input, bit 1 = negative."""
+    bits = torch.nn.functional.pad((x < 0).to(torch.uint8), (0, -x.shape[-1] % 8))
+    shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
+    return (bits.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+
+
+@cache
+def _signs_of_byte(device: torch.device) -> Tensor:
+    """Entry b holds the eight int8 signs of byte b, seen as one int64."""
+    bits = (torch.arange(256).unsqueeze(-1) >> torch.arange(8)) & 1
+    return (1 - 2 * bits).to(torch.int8).contiguous().view(torch.int64).flatten().to(device)
+
+
+def unpack_bits(packed: Tensor, size: int) -> Tensor:
+    """Inverse of `pack_bits`: uint8 `(out, ceil(size / 8))` to int8 signs `(out, size)`."""
+    signs = _signs_of_byte(packed.device).index_select(0, packed.flatten().int())
+    return signs.view(torch.int8).view(packed.shape[0], -1)[:, :size]
+
+
+def integer_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right.T` for int8 signs `(..., in)` and `(out, in)`: exact sums as float32 `(..., out)`.
+
+    Runs as an int8 product with int32 sums where torch has one (CPU; CUDA for the shapes it takes), else in float32,
+    which is exact as well for fewer than 2**24 inputs.
+    """
+    rows = left.reshape(-1, left.shape[-1])
+    if _int8_product_takes(rows, right):
+        sums = torch._int_mm(rows, right.t()).float()
+    else:
+        sums = rows.float() @ right.t().float()
+    return sums.view(*left.shape[:-1], right.shape[0])
+
+
+def _int8_product_takes(rows: Tensor, right: Tensor) -> bool:
+    if rows.numel() == 0 or right.numel() == 0:
+        return False
+    if rows.device.type == "cpu":
+        return True
+    fits = rows.shape[0] > 16 and rows.shape[1] % 8 == 0 and right.shape[0] % 8 == 0
+    return rows.device.type == "cuda" and fits

@@ -1,0 +1,89 @@
+"""Which two values a binary tensor takes: `scale * s + shift` with s in {-1, +1}. Belongs to the model, not the method."""
+
+import torch
+from torch import Tensor, nn
+
+SMALLEST_SCALE = 1e-5
+
+
+class SignedLevels(nn.Module):
+    """{-1, +1}: the sign and nothing else. The base of all levels.
+
+    >>> levels = SignedLevels()
+    >>> levels.normalize(torch.tensor([-0.3, 0.2]))
+    tensor([-0.3000,  0.2000])
+    """
+
+    shifted = False  # whether `affine` has a shift: products then need the sum of the other operand
+
+    def threshold(self) -> Tensor | float:
+        """Inputs below it take the low level."""
+        return 0.0
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """The real number whose sign decides, in units in which the levels are -1 and +1. Same shape."""
+        return x
+
+    def affine(self) -> tuple[Tensor | float, Tensor | float]:
+        """(scale, shift): the levels are `scale * s + shift`."""
+        return 1.0, 0.0
+
+
+class UnsignedLevels(SignedLevels):
+    """{0, 1}, decided at 1/2: for inputs that are hardly ever negative (after GELU or a softmax).
+
+    >>> UnsignedLevels().affine()
+    (0.5, 0.5)
+    """
+
+    shifted = True
+
+    def threshold(self) -> float:
+        return 0.5
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return 2 * x - 1
+
+    def affine(self) -> tuple[float, float]:
+        return 0.5, 0.5
+
+
+class ElasticLevels(SignedLevels):
+    """{-a, a}, or {0, a} if not signed, around a learned offset b (BiT's elastic binarization, arXiv 2205.13016, eq. 5).
+
+    `width` is the paper's alpha, `offset` its beta, both 0-d parameters. The sign is that of (x - b) / a, or of
+    2 (x - b) / a - 1; the gradients of a and b are those of the straight-through estimator.
+
+    >>> ElasticLevels(signed=False).threshold()
+    tensor(0.5000, grad_fn=<AddBackward0>)
+    """
+
+    def __init__(self, signed: bool = True, width: float = 1.0):
+        super().__init__()
+        self.signed = signed
+        self.shifted = not signed
+        self.initial_width = width
+        self.width = nn.Parameter(torch.empty(()))
+        self.offset = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.width, self.initial_width)
+        nn.init.zeros_(self.offset)
+
+    def _positive_width(self) -> Tensor:
+        return self.width.abs().clamp_min(SMALLEST_SCALE)
+
+    def threshold(self) -> Tensor:
+        return self.offset if self.signed else self.offset + self._positive_width() / 2
+
+    def normalize(self, x: Tensor) -> Tensor:
+        width = self._positive_width()
+        return (x - self.threshold()) / (width if self.signed else width / 2)
+
+    def affine(self) -> tuple[Tensor, Tensor | float]:
+        width = self._positive_width()
+        return (width, 0.0) if self.signed else (width / 2, width / 2)
+
+    def extra_repr(self) -> str:
+        return f"signed={self.signed}"

@@ -1,0 +1,125 @@
+"""A method is a factory of parts; a part is a small module with a forward and two moments per optimizer step."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from ..functional import clipped_sign, identity_sign
+
+
+class Site(NamedTuple):
+    """Where in the network a part lives: layer `index` of `count` in forward order."""
+
+    index: int
+    count: int
+    weight_shape: tuple[int, ...] | None = None  # None: a product of two activations
+
+
+class Step(NamedTuple):
+    """Where in training we are: optimizer step `index` of `total`, at learning rate `lr`; `log`: record statistics."""
+
+    index: int
+    total: int
+    lr: float
+    log: bool = False
+
+
+class Part(nn.Module):
+    """Base of everything a method puts into a layer. All its state is in parameters and buffers."""
+
+    def begin_step(self, layer: nn.Module, step: Step) -> None:
+        """Before the first forward of an optimizer step."""
+
+    def end_backward(self, layer: nn.Module, step: Step) -> None:
+        """After the last backward of an optimizer step: gradients are summed, reduced and unscaled, not yet applied."""
+
+    def statistics(self) -> dict[str, float]:
+        """What the part recorded in the last logged step, by name."""
+        return {}
+
+
+class ClippedSign(Part):
+    """sign(x), with the gradient of clamp(x, -clip, clip)."""
+
+    def __init__(self, clip: float):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return clipped_sign(x, self.clip)
+
+
+class IdentitySign(Part):
+    """sign(w), with the gradient of w."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return identity_sign(weight)
+
+
+class Direct(Part):
+    """Runs the binary operator and nothing else."""
+
+    def forward(self, operator: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        return operator(*inputs)
+
+
+@dataclass(frozen=True)
+class Method:
+    """The straight-through estimator (arXiv 1308.3432; clip bound: 1602.02830, eq. 4). Other methods override it.
+
+    `clip`: inputs pass the gradient where |x| <= clip, in units of the input's levels. Latent weights pass it always.
+
+    >>> Method(clip=2.0).to_dict()
+    {'name': 'ste', 'clip': 2.0}
+    """
+
+    name: ClassVar[str] = "ste"
+    paper: ClassVar[str] = "arXiv 1308.3432, 1602.02830"
+    idea: ClassVar[str] = "sign forward, the gradient of a clipped identity backward"
+
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.clip > 0:
+            raise ValueError(f"clip={self.clip}: expected a number > 0")
+
+    def weight_binarizer(self, site: Site) -> Part:
+        return IdentitySign()
+
+    def input_binarizer(self, site: Site, shape: tuple[int, ...]) -> Part:
+        """`shape` is that of one input example, 1 where it may vary."""
+        return ClippedSign(self.clip)
+
+    def around(self, site: Site, layer: nn.Module) -> Part:
+        """What runs the layer's binary operator. `layer.product` is its linear operator; None between activations."""
+        return Direct()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **asdict(self)}
+
+    @classmethod
+    def from_strings(cls, arguments: dict[str, str]) -> "Method":
+        """From command-line text, each value read as its field's type."""
+        known = {field.name: field for field in fields(cls)}
+        for key in arguments:
+            if key not in known:
+                raise ValueError(
+                    f"unknown argument {key!r} of method {cls.name!r}; known arguments: {', '.join(known)}"
+                )
+        return cls(**{key: _read(cls.name, key, text, known[key].default) for key, text in arguments.items()})
+
+
+def _read(method: str, key: str, text: str, default: Any) -> Any:
+    kind = type(default)
+    if kind is bool:
+        if text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+        raise ValueError(f"argument {key}={text!r} of method {method!r}: expected true or false")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"argument {key}={text!r} of method {method!r}: expected {kind.__name__}") from None

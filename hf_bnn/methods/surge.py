@@ -1,0 +1,220 @@
+"""SURGE: a full-precision branch beside each binary operator, felt only in the backward pass (arXiv 2605.10989)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..functional import sign
+from .base import ClippedSign, Method, Part, Site
+
+AUX = ("own", "shared", "lowrank", "leaky")
+STATISTICS = ("clipped", "lambda", "cosine")
+
+
+def gradient_scale(eta: float, main: Tensor, extra: Tensor) -> Tensor:
+    """The Adaptive Gradient Scaler: eta ||g_b|| / (||g_a|| + 1e-8), a float32 scalar."""
+    return eta * main.float().norm() / (extra.float().norm() + 1e-8)
+
+
+def _record(record: Tensor | None, main: Tensor, extra: Tensor, scale: Tensor) -> None:
+    """Write (share of clipped inputs, lambda, cos(g_b, g_a)) into `record`."""
+    if record is not None:
+        b, a = main.float().flatten(), extra.float().flatten()
+        cosine = torch.dot(b, a) / (b.norm() * a.norm() + 1e-12)
+        record.copy_(torch.stack([(b == 0).float().mean(), scale, cosine]))
+
+
+class _Open(torch.autograd.Function):
+    """x, auxiliary weights -> x, token. The token's gradient is G = dL/dy, brought here by `_Join`."""
+
+    @staticmethod
+    def forward(ctx, x, product, weight_shape, output_dtype, eta, record, *aux):
+        ctx.save_for_backward(x, *aux)
+        ctx.product, ctx.eta, ctx.record = product, eta, record
+        ctx.set_materialize_grads(False)
+        token = torch.zeros((), dtype=output_dtype, device=x.device)
+        return x.view_as(x), token.expand(product.output_shape(x, weight_shape))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, main, G):
+        x, *aux = ctx.saved_tensors
+        nothing = (None,) * 5
+        if G is None or not ctx.needs_input_grad[0]:
+            # Zeros, not None: a distributed reducer waits for every parameter that took part in the forward pass.
+            return main, *nothing, *(torch.zeros_like(w) for w in aux)
+        main = torch.zeros_like(x) if main is None else main
+        branch = _dense if len(aux) == 1 else _lowrank
+        extra, aux_gradients = branch(ctx.product, G, x, [w.to(G.dtype) for w in aux], ctx.needs_input_grad[6:])
+        scale = gradient_scale(ctx.eta, main, extra)
+        _record(ctx.record, main, extra, scale)
+        aux_gradients = [
+            None if g is None else (g * scale).to(w.dtype) for g, w in zip(aux_gradients, aux, strict=True)
+        ]
+        return torch.addcmul(main, scale.to(main.dtype), extra.to(main.dtype)), *nothing, *aux_gradients
+
+
+def _dense(product, G: Tensor, x: Tensor, aux: list[Tensor], needed: tuple[bool, ...]):
+    """g_a = G W_a and the branch's own gradient G^T x, before lambda."""
+    extra = product.grad_input(G, x, aux[0])
+    return extra, [product.grad_weight(G, x.to(G.dtype), aux[0]) if needed[0] else None]
+
+
+def _lowrank(product, G: Tensor, x: Tensor, aux: list[Tensor], needed: tuple[bool, ...]):
+    """The same for W_a = U V, with U `(out, r)`, V `(r, in)`: the full-sized product is never formed."""
+    left, right = aux
+    inner = G @ left
+    rows, narrow = x.reshape(-1, x.shape[-1]).to(G.dtype), inner.reshape(-1, inner.shape[-1])
+    return inner @ right, [G.reshape(-1, G.shape[-1]).t() @ (rows @ right.t()), narrow.t() @ rows]
+
+
+class _Join(torch.autograd.Function):
+    """y, token -> y. Hands G to the operator and to `_Open`."""
+
+    @staticmethod
+    def forward(ctx, y, token):
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, G):
+        return G, G
+
+
+class Recorder(Part):
+    """Holds three statistics of the last logged backward pass of its layer: clipped share, lambda, cosine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("record", torch.zeros(len(STATISTICS)), persistent=False)
+        self.recording = False
+
+    def begin_step(self, layer: nn.Module, step) -> None:
+        self.recording = step.log
+
+    def active_record(self) -> Tensor | None:
+        """The buffer to write to, or None. A compiled graph records nothing: its backward may not write to buffers."""
+        return self.record if self.recording and not torch.compiler.is_compiling() else None
+
+    def statistics(self) -> dict[str, float]:
+        return dict(zip(STATISTICS, self.record.tolist(), strict=True)) if self.recording else {}
+
+
+class AuxiliaryBranch(Recorder):
+    """The Dual-Path Gradient Compensator: runs a binary operator and adds lambda g_a to its input's gradient.
+
+    The branch itself, f_a(x) = W_a x, is never computed. `initial` is what W_a starts as: one tensor, or the factors
+    (U, V) of one. With `learned=False` W_a is the layer's latent weight as it stands, and nothing is kept here.
+    """
+
+    def __init__(self, layer: nn.Module, eta: float, initial: tuple[Tensor, ...] | None):
+        super().__init__()
+        self.eta = eta
+        self.product = layer.product
+        self._layer = (layer,)  # in a tuple, so that the layer does not become this part's submodule
+        self.aux = nn.ParameterList() if initial is None else nn.ParameterList(nn.Parameter(w) for w in initial)
+
+    def forward(self, operator: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return operator(x)
+        (layer,) = self._layer
+        aux = tuple(self.aux) if len(self.aux) else (layer.weight.detach(),)
+        x_open, token = _Open.apply(
+            x, self.product, layer.weight.shape, _output_dtype(x), self.eta, self.active_record(), *aux
+        )
+        return _Join.apply(operator(x_open), token)
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+class _LeakySign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, clip: float, eta: float, record: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.clip, ctx.eta, ctx.record = clip, eta, record
+        return sign(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, extra: Tensor):
+        (x,) = ctx.saved_tensors
+        main = extra * (x.abs() <= ctx.clip)
+        scale = gradient_scale(ctx.eta, main, extra)
+        _record(ctx.record, main, extra, scale)
+        return torch.addcmul(main, scale.to(main.dtype), extra), None, None, None
+
+
+class LeakySign(Recorder):
+    """sign(x), with the clipped gradient plus lambda times the unclipped one: SURGE with W_a = the binary weights."""
+
+    def __init__(self, clip: float, eta: float):
+        super().__init__()
+        self.clip, self.eta = clip, eta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _LeakySign.apply(x, self.clip, self.eta, self.active_record())
+
+
+@dataclass(frozen=True)
+class Surge(Method):
+    """SURGE (arXiv 2605.10989): dL/dx = g_b + lambda g_a, with lambda = eta ||g_b|| / (||g_a|| + 1e-8), g_a = G W_a.
+
+    `aux` says what W_a is: "own" (the paper: weights of its own, first a copy of the latent ones, with the gradient
+    lambda G^T x), "shared" (the latent weights themselves), "lowrank" (own, of rank `rank`), "leaky" (the binary
+    weights: no extra product; with elastic levels, these feel lambda too). `eta`: 0.03 to 0.1 suits transformers.
+
+    lambda belongs to the micro-batch and the rank: gradient accumulation changes it by a few percent. Deviation: the
+    paper prints y = f_b - sg(lambda f_a) + lambda f_a; here f_a is not computed, so that y is f_b to the last bit.
+
+    >>> Surge(eta=0.3, aux="leaky").to_dict()
+    {'name': 'surge', 'clip': 1.0, 'eta': 0.3, 'aux': 'leaky', 'rank': 32}
+    """
+
+    name: ClassVar[str] = "surge"
+    paper: ClassVar[str] = "SURGE, arXiv 2605.10989"
+    idea: ClassVar[str] = "the input's gradient is compensated by that of a full-precision branch, scaled to its norm"
+
+    eta: float = 0.1
+    aux: str = "own"
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.eta >= 0:
+            raise ValueError(f"eta={self.eta}: expected a number >= 0")
+        if self.aux not in AUX:
+            raise ValueError(f"aux={self.aux!r}: expected one of {', '.join(AUX)}")
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank}: expected an integer >= 1")
+
+    def input_binarizer(self, site: Site, shape: tuple[int, ...]) -> Part:
+        leaky = self.aux == "leaky" and site.weight_shape is not None
+        return LeakySign(self.clip, self.eta) if leaky else ClippedSign(self.clip)
+
+    def around(self, site: Site, layer: nn.Module) -> Part:
+        if self.aux == "leaky" or site.weight_shape is None:  # a product of two activations has no weight to pair with
+            return super().around(site, layer)
+        weight = layer.weight.detach()
+        if self.aux == "shared":
+            return AuxiliaryBranch(layer, self.eta, None)
+        if self.aux == "own":
+            return AuxiliaryBranch(layer, self.eta, (weight.clone(),))
+        if weight.dim() != 2:
+            raise ValueError(f"aux='lowrank' takes linear layers only, not a weight of shape {tuple(weight.shape)}")
+        return AuxiliaryBranch(layer, self.eta, _factors(weight, min(self.rank, *weight.shape), site.index))
+
+
+def _factors(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """U `(out, r)`, V `(r, in)` with U V close to `weight`, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        left, values, right = torch.svd_lowrank(weight.float().cpu(), rank)
+    root = values.sqrt()
+    factors = left * root, (right * root).t().contiguous()
+    return tuple(factor.to(weight.device, weight.dtype) for factor in factors)

@@ -1,0 +1,191 @@
+"""What the binary model classes of all families share: config fields, loading, saving."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..convert import empty_packed_, install_method, matches, replace_modules, to_binary_
+from ..integrity import CorruptCheckpointError, file_digest, verify_files
+from ..layers import BINARIZE, BinaryEmbedding, Int8Embedding
+from ..levels import ElasticLevels, SignedLevels
+from ..packed import is_packed
+from ..training import method_state_names
+
+logger = logging.get_logger(__name__)
+
+EMBEDDINGS = {"float": None, "int8": Int8Embedding, "binary": BinaryEmbedding}
+WEIGHT_FORMATS = ("float", "latent", "packed")
+
+
+def check_choice(field: str, value: object, choices) -> None:
+    """Raise ValueError, with the field, the value and the choices, unless `value` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{field}={value!r}: expected one of {', '.join(choices)}")
+
+
+@dataclass
+class BinaryConfigFields:
+    """The structure of a binary model, as fields of its config. How it is trained is the trainer's business."""
+
+    float_model_type: ClassVar[str]  # the model_type of the float checkpoints that this family reads
+
+    binarize: str = "both"  # both | weights | activations
+    levels: str = "elastic"  # of the binary layers' inputs: elastic | signed
+    skip: list[str] | None = None  # patterns of the module names that stay float; None: the family's own
+    method: dict[str, Any] | None = None  # a record for the model card: the method that trained the weights
+    weight_format: str = "float"  # what the checkpoint holds: float | latent | packed
+    weights_sha256: dict[str, str] | None = None  # of the weight files beside this config, written when they are saved
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.model_type = type(self).model_type  # a float checkpoint's config brings its own
+        check_choice("binarize", self.binarize, BINARIZE)
+        check_choice("levels", self.levels, ("elastic", "signed"))
+        check_choice("weight_format", self.weight_format, WEIGHT_FORMATS)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = config.get("model_type", cls.float_model_type)
+        if found not in (cls.float_model_type, cls.model_type):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a {found!r} model: {cls.__name__} reads "
+                f"{cls.float_model_type!r} (float) and {cls.model_type!r} (binary) checkpoints"
+            )
+        return {**config, "model_type": cls.model_type}, kwargs
+
+
+class BinaryModelMixin:
+    """Comes before a transformers model class and makes its linear layers binary.
+
+    The family says, in methods, what the levels of each layer's input are and what else it replaces.
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        self.prepare_config(config)
+        super().__init__(config, *args, **kwargs)
+        self.loaded_format = config.weight_format
+        self.replace_embeddings()
+        to_binary_(self, config.skip, config.binarize, self.input_levels)
+        if config.weight_format == "packed":
+            empty_packed_(self)
+        else:
+            install_method(self)
+            config.weight_format = "latent"
+
+    def prepare_config(self, config) -> None:
+        """Settle, before the float model is built, whatever its building reads from the config."""
+
+    def input_levels(self, name: str) -> SignedLevels:
+        """The levels of the input of the binary layer called `name`."""
+        return ElasticLevels() if self.config.levels == "elastic" else SignedLevels()
+
+    def replace_embeddings(self) -> None:
+        """Put rounded tables in the place of the float ones that the config names."""
+
+    def replace_tables(self, kind: str, patterns: tuple[str, ...]) -> None:
+        """Make every `nn.Embedding` whose name matches one of `patterns` an int8 or a binary one."""
+        table = EMBEDDINGS[kind]
+        if table is not None:
+
+            def rounded(name: str, module: nn.Module) -> nn.Module | None:
+                return table.from_float(module) if matches(name, patterns) else None
+
+            replace_modules(self, rounded)
+
+    # Loading: three hooks of PreTrainedModel.from_pretrained.
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        digests = model.config.weights_sha256 or {}
+        for path in map(Path, checkpoint_files or ()):
+            # The Hub's cache links each name to a blob: look at the name that was asked for.
+            if path.name in digests:
+                verify_files(path.parent, {path.name: digests[path.name]})
+        try:
+            parent = super(BinaryModelMixin, type(model))._load_pretrained_model
+            return parent(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        except SafetensorError as error:
+            raise CorruptCheckpointError(
+                f"{', '.join(map(str, checkpoint_files))} cannot be read ({error}): fetch or save it again"
+            ) from error
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs):
+        lost = sorted(key for key in missing_keys if not key.startswith(self.head_prefixes))
+        if lost and self.loaded_format != "float":
+            raise CorruptCheckpointError(
+                f"the {self.loaded_format} checkpoint {self.config.name_or_path!r} lacks {lost[0]!r} and "
+                f"{len(lost) - 1} more tensors (or they have another shape): fetch or save it again"
+            )
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        # Levels start at their own initial values: they are not missing from a float checkpoint.
+        fresh = {f"{name}." for name, module in self.named_modules() if isinstance(module, SignedLevels)}
+        loading_info.missing_keys = {
+            key for key in loading_info.missing_keys if f"{key.rpartition('.')[0]}." not in fresh
+        }
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        for module in self.modules():  # the stock model's own walk does not know them
+            if isinstance(module, ElasticLevels) and not getattr(module.width, "_is_hf_initialized", False):
+                module.reset_parameters()
+
+    # Saving.
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As in transformers, with three differences: what belongs to a training method is left out, the digests of
+        the weight files go into config.json, and whatever the folder holds stays as it is until all is written.
+        """
+        state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+        for name in method_state_names(self):
+            state_dict.pop(name, None)
+        self.config.weight_format = "packed" if is_packed(self) else "latent"
+        if not is_main_process:
+            return
+        hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "revision") if key in kwargs}
+        os.makedirs(save_directory, exist_ok=True)
+        staging = tempfile.mkdtemp(prefix=".saving-", dir=save_directory)
+        try:
+            super().save_pretrained(staging, state_dict=state_dict, **kwargs)
+            weights = sorted(p.name for p in Path(staging).iterdir() if p.suffix == ".safetensors")
+            self.config.weights_sha256 = {name: file_digest(Path(staging) / name) for name in weights}
+            self.config.save_pretrained(staging)
+            publish(staging, save_directory)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"could not save to {save_directory}: {error}. Nothing that was there has changed; "
+                "free some space, or choose another folder, and save again"
+            ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
+
+
+def publish(staging: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Move finished files into place, the config last; shards of an earlier save go."""
+    fresh = {path.name for path in Path(staging).iterdir()}
+    for path in sorted(Path(staging).iterdir(), key=lambda p: p.name == "config.json"):
+        os.replace(path, Path(folder) / path.name)
+    for path in Path(folder).glob("model*.safetensors*"):
+        if path.name not in fresh:
+            path.unlink()

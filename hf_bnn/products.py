@@ -1,0 +1,53 @@
+"""The linear operators that binary layers run, with their two adjoints: what a method needs to build a gradient."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class LinearProduct(NamedTuple):
+    """`(..., in)` and `(out, in)` to `(..., out)`, without a bias."""
+
+    def output_shape(self, x: Tensor, weight_shape: torch.Size) -> tuple[int, ...]:
+        return (*x.shape[:-1], weight_shape[0])
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad @ weight
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+class Conv2dProduct(NamedTuple):
+    """`(N, in, H, W)` and `(out, in / groups, kh, kw)` to `(N, out, H', W')`, zero padding, without a bias."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_shape(self, x: Tensor, weight_shape: torch.Size) -> tuple[int, ...]:
+        size = (
+            (x.shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (weight_shape[2 + i] - 1) - 1) // self.stride[i]
+            + 1
+            for i in range(2)
+        )
+        return (x.shape[0], weight_shape[0], *size)
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def _adjoint(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]):
+        geometry = (list(self.stride), list(self.padding), list(self.dilation), False, [0, 0], self.groups)
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)
+
+    def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return self._adjoint(grad, x, weight, [True, False, False])[0]
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return self._adjoint(grad, x, weight, [False, True, False])[1]

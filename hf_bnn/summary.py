@@ -1,0 +1,58 @@
+"""What a model consists of, in bits: it agrees with the file on disk."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from .layers import BinaryLinear
+from .packed import PackedLinear
+
+
+class Summary(NamedTuple):
+    """Counts over a model's parameters and buffers that are saved; sizes in bytes."""
+
+    weights: int  # all weights of the model, as many as its float form has
+    binary_weights: int  # those of which only the sign is kept
+    matrix_bytes_float: int  # the binary matrices in float32
+    matrix_bytes_bits: int  # the same as bits alone
+    matrix_bytes_packed: int  # the same as bits, with their scales
+
+    @property
+    def binary_share(self) -> float:
+        """Binary weights over all weights, 0 to 1."""
+        return self.binary_weights / self.weights
+
+    @property
+    def matrix_compression(self) -> float:
+        """float32 bytes of the binary matrices over their packed bytes, scales included."""
+        return self.matrix_bytes_float / self.matrix_bytes_packed
+
+
+def summary(model: nn.Module) -> Summary:
+    """Count a latent or a packed model.
+
+    >>> from hf_bnn import binarize_
+    >>> summary(binarize_(nn.Sequential(nn.Linear(64, 32, bias=False)))).matrix_compression
+    21.333333333333332
+    """
+    binary = bits = scales = 0
+    for module in model.modules():
+        latent = isinstance(module, BinaryLinear) and module.binarize != "activations"
+        if latent or isinstance(module, PackedLinear):
+            binary += module.in_features * module.out_features
+            bits += module.out_features * -(-module.in_features // 8)
+            scales += module.out_features * 4
+    return Summary(_weights(model), binary, 4 * binary, bits, bits + scales)
+
+
+def _weights(model: nn.Module) -> int:
+    count = 0
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            count += module.in_features * module.out_features
+            count += 0 if module.bias is None else module.out_features
+        elif isinstance(module, nn.Embedding):
+            count += module.num_embeddings * module.embedding_dim
+        elif not type(module).__module__.startswith(("hf_bnn.methods", "hf_bnn.levels")):
+            count += sum(p.numel() for p in module.parameters(recurse=False))
+    return count

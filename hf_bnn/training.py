@@ -1,0 +1,152 @@
+"""What a training loop must do for a method, without transformers: two moments a step, optimizer groups, state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .layers import BinaryLayer, BinaryLinear, binary_layers
+from .levels import SignedLevels
+
+if TYPE_CHECKING:
+    from .methods.base import Part, Step
+
+
+def parts(model: nn.Module) -> Iterator[tuple[str, BinaryLayer, Part]]:
+    """(name, layer, part) of everything that the method has put into the model, in forward order."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, BinaryLayer):
+            for slot, part in layer.parts():
+                yield f"{name}.{slot}", layer, part
+
+
+def begin_step(model: nn.Module, step: Step) -> None:
+    """Before the first forward of an optimizer step."""
+    for _, layer, part in parts(model):
+        part.begin_step(layer, step)
+
+
+def end_backward(model: nn.Module, step: Step) -> None:
+    """After the last backward of an optimizer step, before the optimizer's."""
+    for _, layer, part in parts(model):
+        part.end_backward(layer, step)
+
+
+def statistics(model: nn.Module) -> dict[str, float]:
+    """What the parts recorded in the last logged step: {"layer name/statistic": value}."""
+    found = {}
+    for name, _, part in parts(model):
+        layer = name.rpartition(".")[0]
+        found.update({f"{layer}/{key}": value for key, value in part.statistics().items()})
+    return found
+
+
+class ParameterRoles(NamedTuple):
+    """The model's trainable parameters by what they are. Each is in exactly one list."""
+
+    latent: list[nn.Parameter]  # weights of which only the sign is used: no weight decay
+    levels: list[nn.Parameter]  # scales and thresholds: no weight decay
+    method: list[nn.Parameter]  # the method's own, gone after training
+    float: list[nn.Parameter]  # everything else
+
+
+def parameter_roles(model: nn.Module) -> ParameterRoles:
+    """Which parameters are latent, levels, the method's own, or plain float."""
+    role: dict[nn.Parameter, str] = {}
+    for layer in binary_layers(model):
+        if isinstance(layer, BinaryLinear) and layer.binarize != "activations":
+            role[layer.weight] = "latent"
+    for module in model.modules():
+        if isinstance(module, SignedLevels):
+            role.update(dict.fromkeys(module.parameters(), "levels"))
+    for _, _, part in parts(model):
+        role.update(dict.fromkeys(part.parameters(), "method"))
+    roles = ParameterRoles([], [], [], [])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            getattr(roles, role.get(parameter, "float")).append(parameter)
+    return roles
+
+
+def split_groups(
+    groups: list[dict], roles: ParameterRoles, levels_multiplier: float = 1.0, method_multiplier: float = 1.0
+) -> list[dict]:
+    """An optimizer's parameter groups, split so that latents, levels and the method's own stand in groups of their own.
+
+    The new groups keep every option of the group that they come from, but take no weight decay; the learning rates of
+    the levels' and of the method's groups are multiplied. A group's `role` says what it holds.
+    """
+    kinds = (
+        ("latent", roles.latent, 1.0),
+        ("levels", roles.levels, levels_multiplier),
+        ("method", roles.method, method_multiplier),
+    )
+    result = []
+    special = {id(p) for _, members, _ in kinds for p in members}
+    for group in groups:
+        rest = [p for p in group["params"] if id(p) not in special]
+        if rest:
+            result.append({**group, "params": rest, "role": "float"})
+        present = {id(p) for p in group["params"]}
+        for role, members, multiplier in kinds:
+            chosen = [p for p in members if id(p) in present]
+            if chosen:
+                options = {"weight_decay": 0.0, "lr": group["lr"] * multiplier, "role": role}
+                result.append({**group, "params": chosen, **options})
+    return result
+
+
+def method_state_names(model: nn.Module) -> list[str]:
+    """The keys of `model.state_dict()` that belong to the method, not to the model."""
+    return [f"{name}.{key}" for name, _, part in parts(model) for key in part.state_dict()]
+
+
+def method_state(model: nn.Module) -> dict[str, Tensor]:
+    """The method's tensors, by their names in `model.state_dict()`."""
+    return {f"{name}.{key}": value for name, _, part in parts(model) for key, value in part.state_dict().items()}
+
+
+def load_method_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Inverse of `method_state`. Raises ValueError, naming the first key, if `state` is another method's."""
+    own = method_state(model)
+    wrong = sorted(own.keys() ^ state.keys())
+    if wrong:
+        where = "not in the file" if wrong[0] in own else "unknown to this run's method"
+        raise ValueError(f"the method's state does not fit: {wrong[0]!r} is {where}; resume with the same --method")
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(state[key])
+
+
+def first_nonfinite_layer(model: nn.Module, run: Callable[[], object]) -> str | None:
+    """The name of the first module, in the order of `run()`, that puts out a NaN or an infinity; None if none does."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+            tensors = [t for t in _tensors(output) if t.is_floating_point()]
+            if not found and any(not bool(t.isfinite().all()) for t in tensors):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from (t for item in value.values() for t in _tensors(item))
+    elif isinstance(value, list | tuple):
+        yield from (t for item in value for t in _tensors(item))
