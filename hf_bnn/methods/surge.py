@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..functional import sign
+from ..functional import clipped_gradient, sign
 from .base import ClippedSign, Method, Part, Site
 
 AUX = ("own", "shared", "lowrank", "leaky")
@@ -53,7 +53,7 @@ class _Open(torch.autograd.Function):
         scale = gradient_scale(ctx.eta, main, extra)
         _record(ctx.record, main, extra, scale)
         aux_gradients = [
-            None if g is None else (g * scale).to(w.dtype) for g, w in zip(aux_gradients, aux, strict=True)
+            None if g is None else g.mul_(scale).to(w.dtype) for g, w in zip(aux_gradients, aux, strict=True)
         ]
         return torch.addcmul(main, scale.to(main.dtype), extra.to(main.dtype)), *nothing, *aux_gradients
 
@@ -144,7 +144,7 @@ class _LeakySign(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, extra: Tensor):
         (x,) = ctx.saved_tensors
-        main = extra * (x.abs() <= ctx.clip)
+        main = clipped_gradient(extra, x, ctx.clip)
         scale = gradient_scale(ctx.eta, main, extra)
         _record(ctx.record, main, extra, scale)
         return torch.addcmul(main, scale.to(main.dtype), extra), None, None, None

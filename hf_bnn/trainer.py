@@ -1,0 +1,359 @@
+"""BinaryTrainer: transformers' Trainer, told which method trains the binary layers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
+
+from .convert import install_method, pack_
+from .distillation import TeacherCache, TeacherOutput, hidden_loss, logits_loss
+from .integrity import MANIFEST, CorruptCheckpointError, is_complete, verify_manifest, write_manifest
+from .layers import binary_layers
+from .methods import Method, Step, make_method
+from .packed import is_packed
+from .training import (
+    begin_step,
+    end_backward,
+    first_nonfinite_layer,
+    load_method_state,
+    method_state,
+    method_state_names,
+    parameter_roles,
+    split_groups,
+    statistics,
+)
+
+logger = logging.get_logger(__name__)
+
+METHOD_STATE = "method_state.safetensors"
+
+
+class NonFiniteTrainingError(FloatingPointError):
+    """The loss, a gradient or a weight became NaN or infinite. Nothing was stepped or saved after that."""
+
+
+@dataclass
+class BinaryTrainingArguments(TrainingArguments):
+    """TrainingArguments, and how the binary layers are trained."""
+
+    method: str = field(default="ste", metadata={"help": "The training method: a name of hf_bnn.METHODS."})
+    method_args: str | None = field(
+        default=None, metadata={"help": 'The method\'s own arguments: "eta=0.1,aux=shared".'}
+    )
+    aux_learning_rate_multiplier: float = field(
+        default=1.0, metadata={"help": "Learning rate of the method's own parameters over --learning_rate."}
+    )
+    levels_learning_rate_multiplier: float = field(
+        default=1.0, metadata={"help": "Learning rate of learned scales and thresholds over --learning_rate."}
+    )
+    distillation_labels_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the labels' loss when there is a teacher."}
+    )
+    distillation_logits_weight: float = field(
+        default=1.0, metadata={"help": "Weight of T^2 KL(teacher || student) of the logits."}
+    )
+    distillation_hidden_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the hidden states' MSE over the teacher's variance."}
+    )
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature T of the logits' loss."})
+    teacher_cache_gb: float = field(
+        default=0.0, metadata={"help": "Memory for the teacher's outputs, so that it runs once per example. 0: none."}
+    )
+    save_packed: bool = field(
+        default=True, metadata={"help": "Write the final model, and what is pushed, as bits (checkpoints stay latent)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        make_method(self.method, self.method_args)  # raises for an unknown name or argument
+        for name in ("aux_learning_rate_multiplier", "levels_learning_rate_multiplier", "distillation_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number > 0")
+        for name in ("fp16_full_eval", "bf16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}=True: a binary model is evaluated in float32, since half-precision sums of +-1 products "
+                    "round above 256; leave it out"
+                )
+
+
+class _MethodCallback(TrainerCallback):
+    """Tells the parts of a model the two moments of every optimizer step."""
+
+    def __init__(self, trainer: BinaryTrainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        lr = self.trainer.optimizer.param_groups[0]["lr"]
+        steps = max(1, int(state.logging_steps or 1))
+        self.step = Step(state.global_step, state.max_steps, lr, log=(state.global_step + 1) % steps == 0)
+        begin_step(self.trainer.bare_model, self.step)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        end_backward(self.trainer.bare_model, self.step)
+
+
+class BinaryTrainer(Trainer):
+    """Trainer for a binary model: the same arguments, and two more.
+
+    `method` (None: what `args.method` names) is installed into the model; `teacher_model`, if given, is distilled
+    from. Checkpoints are latent and resume exactly; the final model is packed. Evaluation is fully binary, in float32.
+    Raises ValueError for a model that has no binary layer, or whose weights are packed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: BinaryTrainingArguments | None = None,
+        *positional: Any,
+        method: Method | None = None,
+        teacher_model: nn.Module | None = None,
+        **kwargs: Any,
+    ):
+        args = BinaryTrainingArguments(output_dir="tmp_trainer") if args is None else args
+        self.method = make_method(args.method, args.method_args) if method is None else method
+        if model is not None:
+            self.prepare_model(model)
+        self.teacher = teacher_model
+        self.teacher_cache = TeacherCache(args.teacher_cache_gb * 2**30)
+        self._writing_checkpoint = False
+        super().__init__(model, args, *positional, **kwargs)
+        # Trap: BERT's and ResNet's heads take **kwargs but ignore num_items_in_batch; believed, they would be
+        # trained with the gradient times the accumulation steps, and with the loss times the processes.
+        self.model_accepts_loss_kwargs = False
+        if self.teacher is not None:
+            self.teacher.to(self.args.device).eval().requires_grad_(False)
+        self.add_callback(_MethodCallback(self))
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Refuse what cannot be trained, and install the method."""
+        adapted = hasattr(model, "peft_config")
+        if is_packed(model) and not adapted:
+            raise ValueError(
+                f"this {type(model).__name__} is packed: its weights are bits and cannot be trained. Load the latent "
+                "checkpoint, or call hf_bnn.unpack_(model), or put adapters on it with peft"
+            )
+        if not binary_layers(model) and not adapted:
+            raise ValueError(
+                f"{type(model).__name__} has no binary layer: load it with a hf_bnn class, or call hf_bnn.binarize_"
+            )
+        install_method(model, self.method)
+        if hasattr(model, "config"):
+            model.config.method = self.method.to_dict()
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self.prepare_model(model)
+        return model
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without the wrappers of distributed training."""
+        return self.accelerator.unwrap_model(self.model)
+
+    # The optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optimizer = super().create_optimizer(model)
+            optimizer.param_groups[:] = split_groups(
+                optimizer.param_groups,
+                parameter_roles(self.model if model is None else model),
+                self.args.levels_learning_rate_multiplier,
+                self.args.aux_learning_rate_multiplier,
+            )
+        return self.optimizer
+
+    # The loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        weights = self.args.distillation_hidden_weight > 0
+        asked = {**inputs, "output_hidden_states": True} if weights else inputs
+        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        teacher = self._teach({name: value for name, value in inputs.items() if name not in self.label_names})
+        loss = self.args.distillation_labels_weight * loss
+        temperature = self.args.distillation_temperature
+        loss = loss + self.args.distillation_logits_weight * logits_loss(outputs.logits, teacher.logits, temperature)
+        if weights:
+            hidden = hidden_loss(outputs.hidden_states, teacher.hidden_states, inputs.get("attention_mask"))
+            loss = loss + self.args.distillation_hidden_weight * hidden
+        return (loss, outputs) if return_outputs else loss
+
+    def _teach(self, inputs: dict[str, Tensor]) -> TeacherOutput:
+        def run() -> TeacherOutput:
+            with torch.no_grad(), self.accelerator.autocast():
+                output = self.teacher(**inputs, output_hidden_states=True)
+            return TeacherOutput(output.logits, output.hidden_states)
+
+        return self.teacher_cache.get(inputs, run)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss).all()):
+            prepared = self._prepare_inputs(inputs)
+            layer = first_nonfinite_layer(self.bare_model, lambda: self.compute_loss(self.bare_model, prepared))
+            self._stop(f"the loss is {loss.item()}", layer, "the first layer to put out a non-finite value")
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: the scaler skips such steps itself
+        if norm is not None and not scaled and not bool(torch.isfinite(torch.as_tensor(norm)).all()):
+            names = [n for n, p in self.bare_model.named_parameters() if _nonfinite(p.grad)]
+            self._stop("a gradient is not finite", names[-1] if names else None, "the last layer's, first in backward")
+        return norm
+
+    def _stop(self, what: str, where: str | None, why: str) -> None:
+        last = _last_complete_checkpoint(self.args.output_dir)
+        raise NonFiniteTrainingError(
+            f"{what} at step {self.state.global_step}; {why}: {where or 'none of them: the loss itself'}. "
+            f"The last good checkpoint is {last or 'none'}; resume from it with a lower learning rate than "
+            f"{self.args.learning_rate} or with max_grad_norm"
+        )
+
+    # Evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with _without_autocast(self.bare_model):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        per_layer = statistics(self.bare_model) if "loss" in logs else {}
+        if per_layer:  # for the history and the trackers; on the console they would bury everything else
+            self.state.log_history.append({**per_layer, "epoch": self.state.epoch, "step": self.state.global_step})
+            for callback in self.callback_handler.callbacks:
+                if not isinstance(callback, ProgressCallback | PrinterCallback):
+                    callback.on_log(self.args, self.state, self.control, logs=per_layer, model=self.model)
+
+    # Saving: checkpoint-N folders are latent and complete; the final model and what is pushed are packed.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._writing_checkpoint = _internal_call
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self._writing_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self._writing_checkpoint or not self.args.save_packed or not _can_pack(self.model):
+            super()._save(output_dir, state_dict)
+            own = method_state(self.bare_model)
+            if self._writing_checkpoint and self.args.should_save and own:
+                save_file({key: value.contiguous() for key, value in own.items()}, Path(output_dir) / METHOD_STATE)
+            return
+        trained = self.model
+        self.model = packed_copy(self.bare_model, state_dict)
+        try:
+            super()._save(output_dir)
+        finally:
+            self.model = trained
+
+    def _save_checkpoint(self, model, trial) -> None:
+        bad = [name for name, p in self.bare_model.named_parameters() if _nonfinite(p)]
+        if bad:
+            self._stop("a weight is not finite", bad[0], "the first of them")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            run_dir = self._get_output_dir(trial=trial)
+            write_manifest(Path(run_dir) / f"checkpoint-{self.state.global_step}")
+            # Only now that the new checkpoint is known to be whole may an old one go.
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        whole = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        if whole or not self.args.save_packed or not self.is_world_process_zero() or not _can_pack(self.model):
+            super()._push_from_checkpoint(checkpoint_folder)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            packed_copy(self.bare_model).save_pretrained(folder)
+            super()._push_from_checkpoint(folder)
+
+    # Loading
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = _last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: train without resuming")
+        if resume_from_checkpoint:
+            verify_manifest(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_latent(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_latent(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_latent(self, folder: str) -> bool:
+        """Load a checkpoint strictly, the method's state included; False if it is of a kind that Trainer handles."""
+        path = Path(folder) / SAFE_WEIGHTS_NAME
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not path.is_file():
+            return False
+        model, state = self.bare_model, load_file(path)
+        wrong = sorted((model.state_dict().keys() - set(method_state_names(model))) ^ state.keys())
+        if wrong:
+            raise CorruptCheckpointError(f"{path} does not fit the model: {wrong[0]!r} is in only one of the two")
+        model.load_state_dict(state, strict=False)  # the method's state comes from a file of its own
+        extra = Path(folder) / METHOD_STATE
+        load_method_state(model, load_file(extra) if extra.is_file() else {})
+        return True
+
+
+def packed_copy(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> nn.Module:
+    """A packed model beside the latent one, which stays as it is. `state_dict`: gathered weights to take instead."""
+    twin = copy.deepcopy(model)
+    if state_dict:
+        twin.load_state_dict(state_dict)
+    return pack_(twin)
+
+
+def _can_pack(model: nn.Module) -> bool:
+    return not hasattr(model, "peft_config") and hasattr(model, "save_pretrained") and not is_packed(model)
+
+
+def _nonfinite(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point() and not bool(tensor.isfinite().all())
+
+
+def _last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The checkpoint-N of the highest N whose writing came to the end."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit() and is_complete(path)]
+    return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
+
+
+@contextlib.contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Undo, for a while, the mixed precision that accelerate has wrapped around the model's forward."""
+    wrapped: Callable | None = model.__dict__.get("forward")
+    if wrapped is None or not hasattr(model, "_original_forward"):
+        yield
+        return
+    model.forward = model._original_forward
+    try:
+        yield
+    finally:
+        model.forward = wrapped
