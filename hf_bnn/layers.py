@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .functional import channel_scale, integer_product, sign, sign_int8, straight_through
 from .levels import ElasticLevels, SignedLevels
@@ -17,6 +18,28 @@ if TYPE_CHECKING:
 BINARIZE = ("both", "weights", "activations")
 
 
+class _Rescale(torch.autograd.Function):
+    """product * (weight_scale * scale) + offset, float32, with few passes over memory. `weight_scale` is a constant."""
+
+    @staticmethod
+    def forward(ctx, product: Tensor, weight_scale: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+        ctx.save_for_backward(product, weight_scale, scale)
+        y = product * (weight_scale * scale)
+        return y if offset is None else y.add_(offset)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        product, weight_scale, scale = ctx.saved_tensors
+        grad_product = (grad * (weight_scale * scale)).to(product.dtype)
+        grad_scale = grad_offset = None
+        if ctx.needs_input_grad[2]:  # sum of grad * product * weight_scale
+            grad_scale = (grad_product.flatten().float() @ product.flatten().float() / scale).view(scale.shape)
+        if ctx.needs_input_grad[3]:
+            grad_offset = grad.flatten(0, -2).sum(0)
+        return grad_product, None, grad_scale, grad_offset
+
+
 def rescale(
     product: Tensor, weight_scale: Tensor, weight_sum: Tensor | None, levels: SignedLevels, bias: Tensor | None
 ) -> Tensor:
@@ -26,11 +49,11 @@ def rescale(
     `weight_sum`, the sum of t per output channel, is needed where the levels are shifted.
     """
     scale, shift = levels.affine()
-    y = product * (weight_scale * scale)
+    offset = bias
     if levels.shifted:
-        shift = weight_sum * (weight_scale * shift)
-        return y + (shift if bias is None else shift + bias)
-    return y if bias is None else y + bias
+        offset = weight_sum * (weight_scale * shift)
+        offset = offset if bias is None else offset + bias
+    return _Rescale.apply(product, weight_scale, torch.as_tensor(scale, device=product.device), offset)
 
 
 def sign_linear(

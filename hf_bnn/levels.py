@@ -1,9 +1,28 @@
-"""Which two values a binary tensor takes: `scale * s + shift` with s in {-1, +1}. Belongs to the model, not the method."""
+"""Which two values a binary tensor takes: `scale * s + shift`, s in {-1, +1}. Belongs to the model, not the method."""
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 SMALLEST_SCALE = 1e-5
+
+
+class _Normalize(torch.autograd.Function):
+    """(x - threshold) / scale. Written out because on a CPU the passes over memory cost more than the products do."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
+        u = (x - threshold).div_(scale)
+        ctx.save_for_backward(u, scale)
+        return u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        u, scale = ctx.saved_tensors
+        grad_x = grad / scale
+        # du/dthreshold = -1 / scale; du/dscale = -u / scale
+        return grad_x, -grad_x.sum(), -torch.dot(grad_x.flatten(), u.flatten())
 
 
 class SignedLevels(nn.Module):
@@ -49,7 +68,7 @@ class UnsignedLevels(SignedLevels):
 
 
 class ElasticLevels(SignedLevels):
-    """{-a, a}, or {0, a} if not signed, around a learned offset b (BiT's elastic binarization, arXiv 2205.13016, eq. 5).
+    """{-a, a}, or {0, a} if not signed, around a learned b (BiT's elastic binarization, arXiv 2205.13016, eq. 5).
 
     `width` is the paper's alpha, `offset` its beta, both 0-d parameters. The sign is that of (x - b) / a, or of
     2 (x - b) / a - 1; the gradients of a and b are those of the straight-through estimator.
@@ -79,7 +98,7 @@ class ElasticLevels(SignedLevels):
 
     def normalize(self, x: Tensor) -> Tensor:
         width = self._positive_width()
-        return (x - self.threshold()) / (width if self.signed else width / 2)
+        return _Normalize.apply(x, self.threshold(), width if self.signed else width / 2)
 
     def affine(self) -> tuple[Tensor, Tensor | float]:
         width = self._positive_width()
