@@ -2,7 +2,7 @@
 
 import importlib
 
-from .convert import binarize_, install_method, pack_, unpack_
+from .convert import binarize_, calibrate_, install_method, pack_, unpack_
 from .models import BinaryBertConfig, BinaryBertForSequenceClassification
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [  # noqa: RUF022
     "Method",
     "Surge",
     "binarize_",
+    "calibrate_",
     "install_method",
     "make_method",
     "pack_",

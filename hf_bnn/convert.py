@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .layers import BinaryLinear, binary_layers
-from .levels import SignedLevels
+from .levels import ElasticLevels, SignedLevels
 from .packed import PACKED, is_packed
 
 if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
@@ -90,6 +90,32 @@ def to_binary_(
 
 
 @torch.no_grad()
+def calibrate_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
+    """Fit the learned levels of every binary layer to the inputs that it sees in `run()`, in place, first layers first.
+
+    Without it elastic levels start at width 1, whatever the size of the activations.
+
+    >>> model = binarize_(nn.Sequential(nn.Linear(8, 8)), levels=lambda name: ElasticLevels())
+    >>> _ = calibrate_(model, lambda: model(torch.full((4, 8), 0.25)))
+    >>> model[0].input_levels.width.item()
+    0.25
+    """
+    training = model.training
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs: layer.fit_levels(*inputs))
+        for layer in binary_layers(model)
+    ]
+    try:
+        model.eval()
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return model
+
+
+@torch.no_grad()
 def pack_(model: nn.Module) -> nn.Module:
     """Replace latent weights by their bits, in place, and switch to evaluation. The model can no longer be trained.
 
@@ -108,6 +134,11 @@ def pack_(model: nn.Module) -> nn.Module:
         raise ValueError(f"nothing to pack in {type(model).__name__}: {reason}")
     drop_method(model)
     return model.eval()
+
+
+def can_pack(model: nn.Module) -> bool:
+    """Whether `pack_` would find anything."""
+    return any(_packs(module) for module in model.modules())
 
 
 def empty_packed_(model: nn.Module) -> nn.Module:

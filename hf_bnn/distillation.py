@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class TeacherOutput(NamedTuple):
-    """What the student learns from: logits `(batch, labels)`, hidden states (embeddings first) `(batch, tokens, dim)`."""
+    """What the student learns from: logits `(batch, labels)` and hidden states `(batch, tokens, dim)`, embeddings first."""
 
     logits: Tensor
     hidden_states: tuple[Tensor, ...]

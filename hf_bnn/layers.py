@@ -87,6 +87,10 @@ class BinaryLayer(nn.Module):
         """Fill the slots with the method's parts."""
         raise NotImplementedError(f"{type(self).__name__} must say which parts it takes")
 
+    def fit_levels(self, *inputs: Tensor) -> None:
+        """Move the learned levels of the layer's inputs to where they represent `inputs` best."""
+        raise NotImplementedError(f"{type(self).__name__} must say which levels it has")
+
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """(slot, part) of every part that a method has put into this layer."""
         for slot in self.slots:
@@ -150,6 +154,9 @@ class BinaryLinear(BinaryLayer, nn.Linear):
         self.input_binarizer = method.input_binarizer(site, (self.in_features,)) if "input_binarizer" in slots else None
         self.around = method.around(site, self)
 
+    def fit_levels(self, *inputs: Tensor) -> None:
+        self.input_levels.fit(inputs[0])
+
     def forward(self, x: Tensor) -> Tensor:
         if self.learns(x, self.weight):
             return self.around(self._learning_forward, x)
@@ -191,6 +198,10 @@ class BinaryMatmul(BinaryLayer):
         self.left_binarizer = method.input_binarizer(site, (1, 1))
         self.right_binarizer = method.input_binarizer(site, (1, 1))
         self.around = method.around(site, self)
+
+    def fit_levels(self, *inputs: Tensor) -> None:
+        self.left_levels.fit(inputs[0])
+        self.right_levels.fit(inputs[1])
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         if self.learns(left, right):

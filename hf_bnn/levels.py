@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SMALLEST_SCALE = 1e-5
+LLOYD_ITERATIONS = 10
 
 
 class _Normalize(torch.autograd.Function):
@@ -46,6 +47,9 @@ class SignedLevels(nn.Module):
     def affine(self) -> tuple[Tensor | float, Tensor | float]:
         """(scale, shift): the levels are `scale * s + shift`."""
         return 1.0, 0.0
+
+    def fit(self, x: Tensor) -> None:
+        """Move learned levels, in place, to where they represent `x` best. Fixed levels stay."""
 
 
 class UnsignedLevels(SignedLevels):
@@ -89,6 +93,18 @@ class ElasticLevels(SignedLevels):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.width, self.initial_width)
         nn.init.zeros_(self.offset)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """The width of least squared error for a threshold of 0, or of half the width if not signed (Lloyd-Max)."""
+        magnitude = x.float().abs()
+        width = magnitude.mean()
+        if not self.signed:
+            for _ in range(LLOYD_ITERATIONS):
+                above = x[x > width / 2]
+                width = above.float().mean() if above.numel() else width
+        if width > SMALLEST_SCALE:
+            self.width.fill_(width)
 
     def _positive_width(self) -> Tensor:
         return self.width.abs().clamp_min(SMALLEST_SCALE)

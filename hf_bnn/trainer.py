@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,20 +13,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import HubStrategy, rotate_checkpoints
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
-from .convert import install_method, pack_
+from .checked_trainer import CheckedTrainer
+from .convert import calibrate_, can_pack, install_method, pack_
 from .distillation import TeacherCache, TeacherOutput, hidden_loss, logits_loss
-from .integrity import MANIFEST, CorruptCheckpointError, is_complete, verify_manifest, write_manifest
+from .integrity import CorruptCheckpointError
 from .layers import binary_layers
 from .methods import Method, Step, make_method
 from .packed import is_packed
 from .training import (
     begin_step,
     end_backward,
-    first_nonfinite_layer,
     load_method_state,
     method_state,
     method_state_names,
@@ -39,10 +38,6 @@ from .training import (
 logger = logging.get_logger(__name__)
 
 METHOD_STATE = "method_state.safetensors"
-
-
-class NonFiniteTrainingError(FloatingPointError):
-    """The loss, a gradient or a weight became NaN or infinite. Nothing was stepped or saved after that."""
 
 
 @dataclass
@@ -58,6 +53,9 @@ class BinaryTrainingArguments(TrainingArguments):
     )
     levels_learning_rate_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of learned scales and thresholds over --learning_rate."}
+    )
+    calibrate_levels: bool = field(
+        default=True, metadata={"help": "Fit learned levels to the first batch, if the model comes from float weights."}
     )
     distillation_labels_weight: float = field(
         default=0.0, metadata={"help": "Weight of the labels' loss when there is a teacher."}
@@ -106,7 +104,7 @@ class _MethodCallback(TrainerCallback):
         end_backward(self.trainer.bare_model, self.step)
 
 
-class BinaryTrainer(Trainer):
+class BinaryTrainer(CheckedTrainer):
     """Trainer for a binary model: the same arguments, and two more.
 
     `method` (None: what `args.method` names) is installed into the model; `teacher_model`, if given, is distilled
@@ -159,10 +157,14 @@ class BinaryTrainer(Trainer):
         self.prepare_model(model)
         return model
 
-    @property
-    def bare_model(self) -> nn.Module:
-        """The model without the wrappers of distributed training."""
-        return self.accelerator.unwrap_model(self.model)
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        fresh = getattr(self.bare_model, "loaded_format", None) == "float"
+        if self.args.calibrate_levels and fresh and not resume_from_checkpoint and self.train_dataset is not None:
+            batch = next(iter(self.get_eval_dataloader(self.train_dataset)))
+            inputs = {k: v for k, v in self._prepare_inputs(batch).items() if k not in self.label_names}
+            calibrate_(self.bare_model, lambda: self.bare_model(**inputs))
+            self.bare_model.loaded_format = "latent"
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # The optimizer
 
@@ -202,30 +204,6 @@ class BinaryTrainer(Trainer):
 
         return self.teacher_cache.get(inputs, run)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not bool(torch.isfinite(loss).all()):
-            prepared = self._prepare_inputs(inputs)
-            layer = first_nonfinite_layer(self.bare_model, lambda: self.compute_loss(self.bare_model, prepared))
-            self._stop(f"the loss is {loss.item()}", layer, "the first layer to put out a non-finite value")
-        return loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: the scaler skips such steps itself
-        if norm is not None and not scaled and not bool(torch.isfinite(torch.as_tensor(norm)).all()):
-            names = [n for n, p in self.bare_model.named_parameters() if _nonfinite(p.grad)]
-            self._stop("a gradient is not finite", names[-1] if names else None, "the last layer's, first in backward")
-        return norm
-
-    def _stop(self, what: str, where: str | None, why: str) -> None:
-        last = _last_complete_checkpoint(self.args.output_dir)
-        raise NonFiniteTrainingError(
-            f"{what} at step {self.state.global_step}; {why}: {where or 'none of them: the loss itself'}. "
-            f"The last good checkpoint is {last or 'none'}; resume from it with a lower learning rate than "
-            f"{self.args.learning_rate} or with max_grad_norm"
-        )
-
     # Evaluation
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -264,22 +242,6 @@ class BinaryTrainer(Trainer):
         finally:
             self.model = trained
 
-    def _save_checkpoint(self, model, trial) -> None:
-        bad = [name for name, p in self.bare_model.named_parameters() if _nonfinite(p)]
-        if bad:
-            self._stop("a weight is not finite", bad[0], "the first of them")
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            run_dir = self._get_output_dir(trial=trial)
-            write_manifest(Path(run_dir) / f"checkpoint-{self.state.global_step}")
-            # Only now that the new checkpoint is known to be whole may an old one go.
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         whole = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
         if whole or not self.args.save_packed or not self.is_world_process_zero() or not _can_pack(self.model):
@@ -290,15 +252,6 @@ class BinaryTrainer(Trainer):
             super()._push_from_checkpoint(folder)
 
     # Loading
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = _last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: train without resuming")
-        if resume_from_checkpoint:
-            verify_manifest(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_latent(resume_from_checkpoint):
@@ -332,17 +285,7 @@ def packed_copy(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -
 
 
 def _can_pack(model: nn.Module) -> bool:
-    return not hasattr(model, "peft_config") and hasattr(model, "save_pretrained") and not is_packed(model)
-
-
-def _nonfinite(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_floating_point() and not bool(tensor.isfinite().all())
-
-
-def _last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The checkpoint-N of the highest N whose writing came to the end."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit() and is_complete(path)]
-    return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
+    return not hasattr(model, "peft_config") and hasattr(model, "save_pretrained") and can_pack(model)
 
 
 @contextlib.contextmanager
