@@ -4,6 +4,7 @@ import importlib
 
 from .convert import binarize_, calibrate_, install_method, pack_, unpack_
 from .models import BinaryBertConfig, BinaryBertForSequenceClassification
+from .summary import Summary, summary
 
 __version__ = "0.1.0"
 
@@ -17,7 +18,6 @@ _LAZY = {
     "Method": "methods",
     "Surge": "methods",
     "make_method": "methods",
-    "summary": "summary",
 }
 
 __all__ = [  # noqa: RUF022
@@ -29,6 +29,7 @@ __all__ = [  # noqa: RUF022
     "STE",
     "ApproxSign",
     "Method",
+    "Summary",
     "Surge",
     "binarize_",
     "calibrate_",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .layers import BinaryLinear, binary_layers
-from .levels import ElasticLevels, SignedLevels
+from .levels import SignedLevels
 from .packed import PACKED, is_packed
 
 if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
@@ -95,6 +95,7 @@ def calibrate_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
 
     Without it elastic levels start at width 1, whatever the size of the activations.
 
+    >>> from hf_bnn.levels import ElasticLevels
     >>> model = binarize_(nn.Sequential(nn.Linear(8, 8)), levels=lambda name: ElasticLevels())
     >>> _ = calibrate_(model, lambda: model(torch.full((4, 8), 0.25)))
     >>> model[0].input_levels.width.item()

