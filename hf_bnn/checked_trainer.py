@@ -32,25 +32,41 @@ class CheckedTrainer(Trainer):
     # Numbers that are not finite
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self._last_inputs = inputs
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss).all()):
-            prepared = self._prepare_inputs(inputs)
-            layer = first_nonfinite_layer(self.bare_model, lambda: self.compute_loss(self.bare_model, prepared))
-            self._stop(f"the loss is {loss.item()}", layer, "the first layer to put out such a value")
+            self._stop(f"the loss is {loss.item()}", self._first_bad_layer())
         return loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        scaled = getattr(self.accelerator, "scaler", None) is not None  # fp16: the scaler skips such steps itself
-        if norm is not None and not scaled and not bool(torch.isfinite(torch.as_tensor(norm)).all()):
-            names = [name for name, p in self.bare_model.named_parameters() if _nonfinite(p.grad)]
-            self._stop("a gradient is not finite", names[-1] if names else None, "the first in backward order")
-        return norm
+    def _clip_grad_norm(self, model):
+        self._check_gradients()  # before clipping, which would spread a NaN over all of them
+        return super()._clip_grad_norm(model)
 
-    def _stop(self, what: str, where: str | None, why: str) -> None:
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None:
+            self._check_gradients()
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _check_gradients(self) -> None:
+        # fp16's scaler skips such steps itself; sharded gradients are not at hand.
+        if self.accelerator.scaler is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        gradients = {name: p.grad for name, p in self.bare_model.named_parameters() if p.grad is not None}
+        if not bool(torch.nn.utils.get_total_norm(gradients.values()).isfinite()):
+            bad = [name for name, gradient in gradients.items() if _nonfinite(gradient)]
+            # A sign swallows a NaN: the forward pass may have one while the loss is finite.
+            where = self._first_bad_layer() or f"the gradient of {bad[-1]}, the first in backward order"
+            self._stop("a gradient is not finite", where)
+
+    def _first_bad_layer(self) -> str | None:
+        inputs = self._prepare_inputs(self._last_inputs)
+        layer = first_nonfinite_layer(self.bare_model, lambda: self.compute_loss(self.bare_model, inputs))
+        return layer and f"the output of {layer}"
+
+    def _stop(self, what: str, where: str | None) -> None:
         last = last_complete_checkpoint(self.args.output_dir)
         raise NonFiniteTrainingError(
-            f"{what} at step {self.state.global_step}; {why}: {where or 'none, the loss itself'}. "
+            f"{what} at step {self.state.global_step}; it began in {where or 'the loss itself'}. "
             f"The last good checkpoint is {last or 'none'}: go on from it with a learning rate below "
             f"{self.args.learning_rate}, or with a smaller max_grad_norm than {self.args.max_grad_norm}"
         )
@@ -60,7 +76,7 @@ class CheckedTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         bad = [name for name, p in self.bare_model.named_parameters() if _nonfinite(p)]
         if bad:
-            self._stop("a weight is not finite", bad[0], "the first of them")
+            self._stop("a weight is not finite", bad[0])
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .layers import BinaryLinear, binary_layers
-from .levels import SignedLevels
+from .levels import ElasticLevels, SignedLevels
 from .packed import PACKED, is_packed
 
 if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
@@ -91,11 +91,11 @@ def to_binary_(
 
 @torch.no_grad()
 def calibrate_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
-    """Fit the learned levels of every binary layer to the inputs that it sees in `run()`, in place, first layers first.
+    """Fit the learned levels that are still fresh to the inputs that they see in `run()`, in place, first layers first.
 
-    Without it elastic levels start at width 1, whatever the size of the activations.
+    Without it elastic levels start at width 1, whatever the size of the activations. Levels that were fitted or loaded
+    before stay as they are.
 
-    >>> from hf_bnn.levels import ElasticLevels
     >>> model = binarize_(nn.Sequential(nn.Linear(8, 8)), levels=lambda name: ElasticLevels())
     >>> _ = calibrate_(model, lambda: model(torch.full((4, 8), 0.25)))
     >>> model[0].input_levels.width.item()
@@ -135,6 +135,11 @@ def pack_(model: nn.Module) -> nn.Module:
         raise ValueError(f"nothing to pack in {type(model).__name__}: {reason}")
     drop_method(model)
     return model.eval()
+
+
+def has_fresh_levels(model: nn.Module) -> bool:
+    """Whether any learned levels are as they were made: neither fitted, nor trained, nor loaded."""
+    return any(isinstance(module, ElasticLevels) and module.fresh for module in model.modules())
 
 
 def can_pack(model: nn.Module) -> bool:

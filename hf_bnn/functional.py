@@ -97,7 +97,7 @@ def _signs_of_byte(device: torch.device) -> Tensor:
 def unpack_bits(packed: Tensor, size: int) -> Tensor:
     """Inverse of `pack_bits`: uint8 `(out, ceil(size / 8))` to int8 signs `(out, size)`."""
     signs = _signs_of_byte(packed.device).index_select(0, packed.flatten().int())
-    return signs.view(torch.int8).view(packed.shape[0], -1)[:, :size]
+    return signs.view(torch.int8).view(packed.shape[0], 8 * packed.shape[1])[:, :size]
 
 
 def integer_product(left: Tensor, right: Tensor) -> Tensor:
@@ -106,7 +106,8 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
     Runs as an int8 product with int32 sums where torch has one (CPU; CUDA for the shapes it takes), else in float32,
     which is exact as well for fewer than 2**24 inputs.
     """
-    rows = left.reshape(-1, left.shape[-1])
+    # Contiguous, because torch's int8 product misreads rows of stride 0.
+    rows, right = left.reshape(-1, left.shape[-1]).contiguous(), right.contiguous()
     if _int8_product_takes(rows, right):
         sums = torch._int_mm(rows, right.t()).float()
     else:
@@ -118,6 +119,6 @@ def _int8_product_takes(rows: Tensor, right: Tensor) -> bool:
     if rows.numel() == 0 or right.numel() == 0:
         return False
     if rows.device.type == "cpu":
-        return True
+        return rows.shape[1] > 1  # of a single input torch 2.13 leaves the sums uninitialised
     fits = rows.shape[0] > 16 and rows.shape[1] % 8 == 0 and right.shape[0] % 8 == 0
     return rows.device.type == "cuda" and fits

@@ -93,10 +93,20 @@ class ElasticLevels(SignedLevels):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.width, self.initial_width)
         nn.init.zeros_(self.offset)
+        self.fresh = True  # until they are fitted or loaded
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.fresh = self.fresh and f"{prefix}width" not in state_dict
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """The width of least squared error for a threshold of 0, or of half the width if not signed (Lloyd-Max)."""
+        """The width of least squared error for a threshold of 0, or of half the width if not signed (Lloyd-Max).
+
+        Only if they are fresh: levels that were fitted or loaded stay.
+        """
+        if not self.fresh:
+            return
         magnitude = x.float().abs()
         width = magnitude.mean()
         if not self.signed:
@@ -105,6 +115,7 @@ class ElasticLevels(SignedLevels):
                 width = above.float().mean() if above.numel() else width
         if width > SMALLEST_SCALE:
             self.width.fill_(width)
+        self.fresh = False
 
     def _positive_width(self) -> Tensor:
         return self.width.abs().clamp_min(SMALLEST_SCALE)

@@ -18,7 +18,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checked_trainer import CheckedTrainer
-from .convert import calibrate_, can_pack, install_method, pack_
+from .convert import calibrate_, can_pack, has_fresh_levels, install_method, pack_
 from .distillation import TeacherCache, TeacherOutput, hidden_loss, logits_loss
 from .integrity import CorruptCheckpointError
 from .layers import binary_layers
@@ -55,7 +55,7 @@ class BinaryTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Learning rate of learned scales and thresholds over --learning_rate."}
     )
     calibrate_levels: bool = field(
-        default=True, metadata={"help": "Fit learned levels to the first batch, if the model comes from float weights."}
+        default=True, metadata={"help": "Fit levels that were never trained to the first batch."}
     )
     distillation_labels_weight: float = field(
         default=0.0, metadata={"help": "Weight of the labels' loss when there is a teacher."}
@@ -158,12 +158,11 @@ class BinaryTrainer(CheckedTrainer):
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        fresh = getattr(self.bare_model, "loaded_format", None) == "float"
-        if self.args.calibrate_levels and fresh and not resume_from_checkpoint and self.train_dataset is not None:
+        wanted = self.args.calibrate_levels and not resume_from_checkpoint and self.train_dataset is not None
+        if wanted and has_fresh_levels(self.bare_model):
             batch = next(iter(self.get_eval_dataloader(self.train_dataset)))
             inputs = {k: v for k, v in self._prepare_inputs(batch).items() if k not in self.label_names}
             calibrate_(self.bare_model, lambda: self.bare_model(**inputs))
-            self.bare_model.loaded_format = "latent"
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # The optimizer
@@ -222,7 +221,8 @@ class BinaryTrainer(CheckedTrainer):
     # Saving: checkpoint-N folders are latent and complete; the final model and what is pushed are packed.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self._writing_checkpoint = _internal_call
+        # push_to_hub calls this internally too, but for the final model: it names no folder.
+        self._writing_checkpoint = _internal_call and output_dir is not None
         try:
             super().save_model(output_dir, _internal_call)
         finally:

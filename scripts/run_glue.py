@@ -549,6 +549,8 @@ def load_model(arguments: Arguments, stored: PreTrainedConfig, labels: Labels) -
     before = kind.from_pretrained(model.model_name_or_path, config=stored, **loading)
     after = kind(config)
     after.load_state_dict(before.state_dict(), strict=False)  # the levels of what becomes binary now are new
+    if stored.binarize == "weights":
+        after.loaded_format = "float"  # its inputs were: BinaryTrainer then fits the levels to them
     return after
 
 

@@ -120,7 +120,9 @@ class BinaryModelMixin:
             ) from error
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs):
-        lost = sorted(key for key in missing_keys if not key.startswith(self.head_prefixes))
+        # Levels may be new in a latent checkpoint: it is how weights-only training goes on with binary inputs.
+        known = self.head_prefixes if self.loaded_format == "packed" else (*self.head_prefixes, *self.level_prefixes())
+        lost = sorted(key for key in missing_keys if not key.startswith(known))
         if lost and self.loaded_format != "float":
             raise CorruptCheckpointError(
                 f"the {self.loaded_format} checkpoint {self.config.name_or_path!r} lacks {lost[0]!r} and "
@@ -131,16 +133,21 @@ class BinaryModelMixin:
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
         # Levels start at their own initial values: they are not missing from a float checkpoint.
-        fresh = {f"{name}." for name, module in self.named_modules() if isinstance(module, SignedLevels)}
-        loading_info.missing_keys = {
-            key for key in loading_info.missing_keys if f"{key.rpartition('.')[0]}." not in fresh
-        }
+        fresh = self.level_prefixes()
+        loading_info.missing_keys = {key for key in loading_info.missing_keys if not key.startswith(fresh)}
+
+    def level_prefixes(self) -> tuple[str, ...]:
+        """How the state dict's keys of all levels begin."""
+        return tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, SignedLevels))
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
         for module in self.modules():  # the stock model's own walk does not know them
-            if isinstance(module, ElasticLevels) and not getattr(module.width, "_is_hf_initialized", False):
-                module.reset_parameters()
+            if isinstance(module, ElasticLevels):
+                if getattr(module.width, "_is_hf_initialized", False):
+                    module.fresh = False
+                else:
+                    module.reset_parameters()
 
     # Saving.
 

@@ -1,0 +1,20 @@
+"""What every test shares: no network, quiet transformers, the same seed."""
+
+import os
+
+# Read when transformers and tokenizers are imported: before anything else imports them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import pytest
+import torch
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same random numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
