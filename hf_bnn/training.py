@@ -116,6 +116,12 @@ def load_method_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     if wrong:
         where = "not in the file" if wrong[0] in own else "unknown to this run's method"
         raise ValueError(f"the method's state does not fit: {wrong[0]!r} is {where}; resume with the same --method")
+    for key, value in own.items():  # all of them before any is copied, which would broadcast
+        if value.shape != state[key].shape:
+            raise ValueError(
+                f"the method's state does not fit: {key!r} has shape {tuple(state[key].shape)} in the file, "
+                f"{tuple(value.shape)} in this run; resume with the same --method_args"
+            )
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(state[key])

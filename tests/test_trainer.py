@@ -261,7 +261,7 @@ def test_a_nan_weight_is_never_saved(tmp_path):
     poison = Poison(2, "classifier.weight")
     one = trainer(tmp_path, callbacks=[poison], max_steps=2, save_strategy="steps", save_steps=2)
     with pytest.raises(
-        NonFiniteTrainingError, match=r"a weight is not finite at step 2; the first of them: classifier"
+        NonFiniteTrainingError, match=r"a weight is not finite at step 2; it began in classifier\.weight"
     ):
         one.train()
     assert not list(tmp_path.glob("checkpoint-*"))
