@@ -9,6 +9,7 @@ first one was stopped; a finished teacher is used again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -225,7 +226,9 @@ def binary_student(
     if arguments.embeddings != "binary":
         freeze_words(model)
     epochs = arguments.num_train_epochs or preset.epochs
-    settings = training_arguments(arguments, folder / "binary", epochs, arguments.learning_rate or preset.learning_rate)
+    settings = training_arguments(
+        arguments, run_folder(arguments), epochs, arguments.learning_rate or preset.learning_rate
+    )
     print(f"binary model: training with {arguments.method}, binarize={arguments.binarize}")
     trainer = BinaryTrainer(
         model,
@@ -243,6 +246,13 @@ def binary_student(
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # without autocast
     model.set_attn_implementation("hf_bnn" if arguments.attention == "binary" else "sdpa")
     return model, trainer.state.log_history
+
+
+def run_folder(arguments: QuickstartArguments) -> Path:
+    """Where the binary model's checkpoints lie: a folder of its own for each choice of arguments."""
+    chosen = {key: value for key, value in asdict(arguments).items() if key != "output_dir"}
+    digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
+    return Path(arguments.output_dir) / "runs" / f"{arguments.method}-{arguments.binarize}-{digest}"
 
 
 def accuracy(prediction) -> dict[str, float]:

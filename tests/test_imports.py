@@ -1,4 +1,4 @@
-"""Imports point to lower floors only, so that each part of the package can be read, and used, without those above it."""
+"""Imports point to lower floors only: each part of the package can be read, and used, without those above it."""
 
 import ast
 import os
@@ -133,6 +133,8 @@ assert not loaded, loaded
 
 PACKED_ONLY = """
 import sys, torch
+# An editable install finds the modules that this copy lacks.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 import hf_bnn
 assert hf_bnn.__file__.startswith(sys.argv[1]), hf_bnn.__file__
 model = hf_bnn.BinaryBertForSequenceClassification.from_pretrained(sys.argv[2])

@@ -167,11 +167,9 @@ def test_buffers_are_part_of_the_methods_state():
 
 def test_the_state_of_another_method_is_refused_with_the_first_key_that_does_not_fit():
     surge, plain = binarize_(net(), Surge()), binarize_(net())
-    with pytest.raises(
-        ValueError, match="'0.around.aux.0' is unknown to this run's method; resume with the same --met"
-    ):
+    with pytest.raises(ValueError, match=r"'0.around.aux.0' is unknown to this run's method; resume with the same"):
         load_method_state(plain, method_state(surge))
-    with pytest.raises(ValueError, match="'0.around.aux.0' is not in the file; resume with the same --method"):
+    with pytest.raises(ValueError, match=r"'0.around.aux.0' is not in the file; resume with the same --method"):
         load_method_state(surge, method_state(plain))
 
 

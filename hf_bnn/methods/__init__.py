@@ -1,5 +1,6 @@
 """The table of methods, and how a method is read from a dict or from the command line."""
 
+from dataclasses import fields
 from typing import Any
 
 from .approx_sign import ApproxSign
@@ -23,10 +24,12 @@ def method_from_dict(spec: dict[str, Any]) -> Method:
     """Inverse of `Method.to_dict`. Raises ValueError, with the known names, for an unknown method or argument."""
     arguments = {key: value for key, value in spec.items() if key != "name"}
     cls = _lookup(spec["name"])
-    unknown = arguments.keys() - cls.__dataclass_fields__.keys()
+    known = [field.name for field in fields(cls)]
+    unknown = arguments.keys() - set(known)
     if unknown:
-        known = ", ".join(cls.__dataclass_fields__)
-        raise ValueError(f"unknown argument {min(unknown)!r} of method {cls.name!r}; known arguments: {known}")
+        raise ValueError(
+            f"unknown argument {min(unknown)!r} of method {cls.name!r}; known arguments: {', '.join(known)}"
+        )
     return cls(**arguments)
 
 

@@ -1,0 +1,65 @@
+"""Write the README's tables anew from the figures in scripts/results, which the benchmarks wrote.
+
+python scripts/update_readme.py
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from hf_bnn.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "scripts" / "results"
+
+
+def methods_table(benchmark: dict) -> str:
+    """Every method of the table, with what a step of it costs over the straight-through estimator's."""
+    cost = {(row["name"], row["tokens"]): row["over_ste"] for row in benchmark["rows"]}
+    lines = ["| method | paper | idea | cost |", "|---|---|---|---|"]
+    for name, cls in METHODS.items():
+        measured = {row: value for (row, tokens), value in cost.items() if tokens == 512 and row.split("-")[0] == name}
+        if not measured:
+            raise ValueError(f"no cost of {name!r} in the benchmark: run scripts/bench_training.py again")
+        text = ", ".join(f"{value:.2f}{label(row)}" for row, value in measured.items())
+        lines.append(f"| `{name}` | {cls.paper} | {cls.idea} | {text} |")
+    return "\n".join(lines)
+
+
+def label(row: str) -> str:
+    """What tells the variants of a method apart: "surge-own" gives " (`aux=own`)"."""
+    _, dash, variant = row.partition("-")
+    return f" (`aux={variant}`)" if dash else ""
+
+
+def quickstart_table(results: dict) -> str:
+    """What one run of the quick start printed."""
+    from quickstart import table
+
+    versions = results["versions"]
+    note = (
+        f"Seed {results['seed']}, {results['seconds_total']:.0f} seconds on {versions['cores']} cores "
+        f"({versions['machine']}), torch {versions['torch']}, transformers {versions['transformers']}."
+    )
+    return f"```\n{table(results)}\n```\n{note}"
+
+
+def updated(text: str) -> str:
+    """The README with its generated parts as the committed figures have them."""
+    parts = {
+        "methods": methods_table(json.loads((RESULTS / "bench_training.json").read_text())),
+        "quickstart": quickstart_table(json.loads((RESULTS / "quickstart.json").read_text())),
+    }
+    for name, table in parts.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+        if count != 1:
+            raise ValueError(f"README.md has {count} places marked <!-- {name} -->: expected 1")
+    return text
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    readme = ROOT / "README.md"
+    readme.write_text(updated(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,150 @@
+"""The README's commands and its example, run; and that its tables are those of the figures that are committed."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import quickstart
+import torch
+import update_readme
+from datasets import Dataset
+from fake_hub import FakeHub
+from safetensors.torch import load_file
+from test_run_glue import save_bert
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    pip install")]
+QUICKSTART, TESTS = (command.split(" && ")[1] for command in COMMANDS)
+
+
+def run(command: str, *more: str, **environment: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, *shlex.split(command)[1:], *more]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+
+
+def test_the_readme_has_the_two_commands():
+    assert COMMANDS == [
+        'pip install -c constraints.txt -e ".[demo]" && python scripts/quickstart.py --output_dir quickstart',
+        'pip install -c constraints.txt -e ".[test,demo]" && python -m pytest',
+    ]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The README's first command with a step limit, twice into one folder."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    command = QUICKSTART.replace("--output_dir quickstart", f"--output_dir {folder}")
+    first = run(command, "--max_steps", "3")
+    assert first.returncode == 0, first.stderr[-3000:]
+    second = run(command, "--max_steps", "3", "--method", "approx_sign")
+    assert second.returncode == 0, second.stderr[-3000:]
+    return folder, first.stdout, second.stdout
+
+
+@pytest.mark.slow
+def test_the_quick_start_packs_reloads_and_measures(smoke):
+    folder, first, _ = smoke
+    results = json.loads((folder / "results.json").read_text())
+    assert results["packed_equals_latent"] is True
+    assert results["matrix_compression"] >= 30
+    assert results["bytes_float"] / results["bytes_packed"] >= 6
+    assert results["bytes_packed"] == (folder / "packed" / "model.safetensors").stat().st_size
+    assert results["bytes_float"] == (folder / "teacher" / "model.safetensors").stat().st_size
+    assert 0.4 < results["binary_share"] < 0.5
+    for key in ("latency_float_ms", "latency_packed_ms", "seconds_total"):
+        assert results[key] > 0
+    assert results["versions"]["torch"]
+    assert results["arguments"]["method"] == "approx_sign"
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    bits = load_file(folder / "packed" / "model.safetensors")["bert.encoder.layer.0.output.dense.weight"]
+    assert (bits.dtype, bits.shape) == (torch.uint8, (384, 192))
+    assert "packed logits equal the trained model's: yes" in first
+
+
+@pytest.mark.slow
+def test_a_smoke_run_claims_no_accuracy(smoke):
+    folder, first, second = smoke
+    results = json.loads((folder / "results.json").read_text())
+    assert results["accuracy_float"] is None
+    assert results["accuracy_binary"] is None
+    for printed in (first, second):
+        assert "accuracy: not reported, this was a smoke run of 3 steps" in printed
+        assert not re.search(r"accuracy.*\d\d\.\d%", printed)
+
+
+@pytest.mark.slow
+def test_a_second_run_uses_the_finished_teacher(smoke):
+    _, first, second = smoke
+    assert "teacher: fine-tuning the float model" in first
+    assert "is finished, and used again" in second
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_state_that_resumes(smoke):
+    folder, _, _ = smoke
+    words = [sys.executable, *shlex.split(QUICKSTART)[1:2], "--output_dir", str(folder), "--max_steps", "3"]
+    words += ["--method", "ste"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if "binary model: training" in line:
+            time.sleep(1.0)
+            process.send_signal(signal.SIGINT)
+            break
+    output, _ = process.communicate(timeout=300)
+    if process.returncode == 130:  # stopped between two steps; a faster machine was done before the signal came
+        assert "the same command will go on from here" in output
+        assert list((folder / "runs").glob("ste-*/checkpoint-*/hf_bnn_manifest.json"))
+    again = run(
+        QUICKSTART.replace("--output_dir quickstart", f"--output_dir {folder}"), "--max_steps", "3", "--method", "ste"
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "surg"], "unknown method 'surg'; known methods: ste, approx_sign, surge"),
+        (["--method_args", "etta=1"], "unknown argument 'etta' of method 'surge'"),
+        (["--preset", "slow"], "preset='slow': expected one of quick, long"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_runs(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        quickstart.main(["--output_dir", str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_readmes_example_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code.count("\n") <= 15
+    model = save_bert(tmp_path / "model")
+    data = Dataset.from_dict({"sentence": ["a gem", "a bore"] * 8, "label": [1, 0] * 8, "idx": list(range(16))})
+    data.to_parquet(tmp_path / "rows.parquet")
+    with FakeHub() as hub:
+        hub.add("model", "google-bert/bert-base-uncased", model)
+        rows = (tmp_path / "rows.parquet").read_bytes()
+        files = {f"data/{split}-00000-of-00001.parquet": rows for split in ("train", "validation")}
+        hub.add("dataset", "stanfordnlp/sst2", files)
+        script = tmp_path / "example.py"
+        script.write_text(code)
+        environment = {**os.environ, **hub.environment(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "'score':" in done.stdout
+
+
+def test_the_readmes_tables_are_those_of_the_committed_figures():
+    assert update_readme.updated(README) == README
