@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from hf_bnn import BinaryBertConfig, BinaryBertForSequenceClassification, BinaryTrainer, BinaryTrainingArguments
+from hf_bnn.allocator import keep_freed_memory
 from hf_bnn.checked_trainer import CheckedTrainer, NonFiniteTrainingError, last_complete_checkpoint
 from hf_bnn.glue import GlueMetric
 from hf_bnn.integrity import CorruptCheckpointError
@@ -542,16 +543,8 @@ def load_model(arguments: Arguments, stored: PreTrainedConfig, labels: Labels) -
     kind, name = BinaryBertForSequenceClassification, model.config_name or model.model_name_or_path
     config = BinaryBertConfig.from_pretrained(name, **model.structure, revision=model.model_revision, **model.hub)
     set_labels(config, labels)
-    changed = changed_structure(model, stored)
-    if not changed:
-        return kind.from_pretrained(model.model_name_or_path, config=config, **loading)
-    # A latent checkpoint of another structure, e.g. of --binarize weights: the first step of two-step training.
-    before = kind.from_pretrained(model.model_name_or_path, config=stored, **loading)
-    after = kind(config)
-    after.load_state_dict(before.state_dict(), strict=False)  # the levels of what becomes binary now are new
-    if stored.binarize == "weights":
-        after.loaded_format = "float"  # its inputs were: BinaryTrainer then fits the levels to them
-    return after
+    check_structure(model, stored)
+    return kind.from_pretrained(model.model_name_or_path, config=config, **loading)
 
 
 def set_labels(config: PreTrainedConfig, labels: Labels) -> None:
@@ -563,18 +556,16 @@ def set_labels(config: PreTrainedConfig, labels: Labels) -> None:
         config.label2id = {name: index for index, name in enumerate(labels.names)}
 
 
-def changed_structure(model: ModelArguments, stored: PreTrainedConfig) -> list[str]:
-    """What is asked to be otherwise than in a binary checkpoint. Raises UsageError if that is packed."""
-    if not isinstance(stored, BinaryBertConfig):
-        return []
-    changed = [name for name, value in model.structure.items() if value != getattr(stored, name)]
-    if changed and stored.weight_format == "packed":
-        name = changed[0]
-        raise UsageError(
-            f"{model.model_name_or_path} is packed with {name}={getattr(stored, name)!r}: it cannot become "
-            f"{model.structure[name]!r}; leave out --{name}, or start from a latent or float checkpoint"
-        )
-    return changed
+def check_structure(model: ModelArguments, stored: PreTrainedConfig) -> None:
+    """Raise UsageError if a packed checkpoint is asked to be otherwise than it is. Latent ones can be changed."""
+    if getattr(stored, "weight_format", None) != "packed":
+        return
+    for name, value in model.structure.items():
+        if value != getattr(stored, name):
+            raise UsageError(
+                f"{model.model_name_or_path} is packed with {name}={getattr(stored, name)!r}: it cannot become "
+                f"{value!r}; leave out --{name}, or start from a latent or float checkpoint"
+            )
 
 
 def load_teacher(arguments: Arguments, student: PreTrainedConfig) -> PreTrainedModel | None:
@@ -772,6 +763,8 @@ def main(command_line: list[str] | None = None) -> dict[str, float]:
     arguments = parse(command_line)
     model_arguments, data, training = arguments
     set_up_logging(training)
+    if training.device.type == "cpu":
+        keep_freed_memory()
     set_seed(training.seed)
     with user_errors():
         found = load_data(arguments)

@@ -20,7 +20,7 @@ class _ApproxSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,) = ctx.saved_tensors
-        return grad * (2 - 2 / ctx.clip * x.abs()).clamp_(min=0), None
+        return x.abs().mul_(-2 / ctx.clip).add_(2).clamp_(min=0).mul_(grad), None  # in place: one pass of fresh memory
 
 
 class ApproximateSign(Part):

@@ -55,7 +55,8 @@ class _Open(torch.autograd.Function):
         aux_gradients = [
             None if g is None else g.mul_(scale).to(w.dtype) for g, w in zip(aux_gradients, aux, strict=True)
         ]
-        return torch.addcmul(main, scale.to(main.dtype), extra.to(main.dtype)), *nothing, *aux_gradients
+        extra = extra.to(main.dtype)  # its memory takes the sum: fresh memory costs more than the addition
+        return torch.addcmul(main, scale.to(main.dtype), extra, out=extra), *nothing, *aux_gradients
 
 
 def _dense(product, G: Tensor, x: Tensor, aux: list[Tensor], needed: tuple[bool, ...]):
@@ -147,7 +148,7 @@ class _LeakySign(torch.autograd.Function):
         main = clipped_gradient(extra, x, ctx.clip)
         scale = gradient_scale(ctx.eta, main, extra)
         _record(ctx.record, main, extra, scale)
-        return torch.addcmul(main, scale.to(main.dtype), extra), None, None, None
+        return main.addcmul_(scale.to(main.dtype), extra), None, None, None
 
 
 class LeakySign(Recorder):
