@@ -256,13 +256,19 @@ class BinaryTrainer(CheckedTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_latent(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_method(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if not self._load_latent(self.state.best_model_checkpoint):
             super()._load_best_model()
+        self._load_method(self.state.best_model_checkpoint)
+
+    def _load_method(self, folder: str) -> None:
+        path = Path(folder) / METHOD_STATE
+        load_method_state(self.bare_model, load_file(path) if path.is_file() else {})
 
     def _load_latent(self, folder: str) -> bool:
-        """Load a checkpoint strictly, the method's state included; False if it is of a kind that Trainer handles."""
+        """Load a checkpoint's weights strictly; False if they are of a kind that Trainer handles."""
         path = Path(folder) / SAFE_WEIGHTS_NAME
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not path.is_file():
             return False
@@ -271,8 +277,6 @@ class BinaryTrainer(CheckedTrainer):
         if wrong:
             raise CorruptCheckpointError(f"{path} does not fit the model: {wrong[0]!r} is in only one of the two")
         model.load_state_dict(state, strict=False)  # the method's state comes from a file of its own
-        extra = Path(folder) / METHOD_STATE
-        load_method_state(model, load_file(extra) if extra.is_file() else {})
         return True
 
 

@@ -121,6 +121,16 @@ def test_another_architecture_is_refused(tmp_path):
         BinaryBertForSequenceClassification.from_pretrained(tmp_path)
 
 
+def test_a_float_config_is_refused_with_the_way_out():
+    with pytest.raises(
+        TypeError, match=r"takes a BinaryBertConfig, not a BertConfig: make one with BinaryBertConfig\("
+    ):
+        BinaryBertForSequenceClassification(BertConfig(**SIZE))
+    config = BinaryBertConfig(**BertConfig(**SIZE).to_dict())
+    assert config.model_type == "hf_bnn_bert"
+    BinaryBertForSequenceClassification(config)
+
+
 @pytest.mark.parametrize("attention", ["float", "binary"])
 def test_padding_changes_nothing(attention):
     model = tiny_model(attention=attention)

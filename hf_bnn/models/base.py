@@ -71,6 +71,11 @@ class BinaryModelMixin:
     """
 
     def __init__(self, config, *args, **kwargs):
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(config).__name__}: "
+                f"make one with {self.config_class.__name__}(**config.to_dict())"
+            )
         self.prepare_config(config)
         super().__init__(config, *args, **kwargs)
         self.loaded_format = config.weight_format

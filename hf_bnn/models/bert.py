@@ -79,9 +79,6 @@ class BinaryBertMixin(BinaryModelMixin):
     head_prefixes = ("classifier.",)
     config: BinaryBertConfig
 
-    def __init__(self, config: BinaryBertConfig, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
-
     def prepare_config(self, config: BinaryBertConfig) -> None:
         if config.attention == "binary":  # not stored in config.json by transformers
             config._attn_implementation = ATTENTION
