@@ -111,8 +111,14 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
     if _int8_product_takes(rows, right):
         sums = torch._int_mm(rows, right.t()).float()
     else:
-        sums = rows.float() @ right.t().float()
+        sums = exact_matmul(rows.float(), right.t().float())
     return sums.view(*left.shape[:-1], right.shape[0])
+
+
+def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` in float32 even under autocast: bfloat16 would round sums of signs above 256."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
 
 
 def _int8_product_takes(rows: Tensor, right: Tensor) -> bool:

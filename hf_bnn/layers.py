@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .functional import channel_scale, integer_product, sign, sign_int8, straight_through
+from .functional import channel_scale, exact_matmul, integer_product, sign, sign_int8, straight_through
 from .levels import ElasticLevels, SignedLevels
 from .products import LinearProduct
 
@@ -208,16 +208,18 @@ class BinaryMatmul(BinaryLayer):
         if self.learns(left, right):
             return self.around(self._learning_forward, left, right)
         left_signs = sign(left.float() - self.left_levels.threshold())
-        return self._rescale(left_signs, sign(right.float() - self.right_levels.threshold())).to(left.dtype)
+        right_signs = sign(right.float() - self.right_levels.threshold())
+        return self._rescale(left_signs, right_signs, exact_matmul(left_signs, right_signs)).to(left.dtype)
 
     def _learning_forward(self, left: Tensor, right: Tensor) -> Tensor:
         left_signs = self.left_binarizer(self.left_levels.normalize(left))
-        return self._rescale(left_signs, self.right_binarizer(self.right_levels.normalize(right)))
+        right_signs = self.right_binarizer(self.right_levels.normalize(right))
+        return self._rescale(left_signs, right_signs, left_signs @ right_signs)
 
-    def _rescale(self, left: Tensor, right: Tensor) -> Tensor:
+    def _rescale(self, left: Tensor, right: Tensor, product: Tensor) -> Tensor:
         """sum (a s + c) (b t + d) = ab sum st + cb sum t + ad sum s + cd k."""
         (a, c), (b, d) = self.left_levels.affine(), self.right_levels.affine()
-        y = (left @ right) * (a * b)
+        y = product * (a * b)
         if self.left_levels.shifted:
             y = y + (c * b) * right.sum(-2, keepdim=True)
         if self.right_levels.shifted:

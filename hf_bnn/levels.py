@@ -105,7 +105,7 @@ class ElasticLevels(SignedLevels):
 
         Only if they are fresh: levels that were fitted or loaded stay.
         """
-        if not self.fresh:
+        if not self.fresh or x.numel() == 0:
             return
         magnitude = x.float().abs()
         width = magnitude.mean()

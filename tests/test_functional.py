@@ -8,6 +8,7 @@ from hf_bnn.functional import (
     channel_scale,
     clipped_gradient,
     clipped_sign,
+    exact_matmul,
     identity_sign,
     integer_product,
     pack_bits,
@@ -214,3 +215,10 @@ def test_the_integer_product_does_not_overflow_int8():
     ones = torch.ones(1, 5000, dtype=torch.int8)
     assert integer_product(ones, ones).item() == 5000
     assert integer_product(ones, -ones).item() == -5000
+
+
+def test_sums_above_256_are_exact_under_autocast():
+    left, right = torch.ones(3, 301), torch.ones(301, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(exact_matmul(left, right), torch.full((3, 2), 301.0))
+        assert not torch.equal((left @ right).float(), torch.full((3, 2), 301.0))  # what it guards against

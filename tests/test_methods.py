@@ -178,3 +178,8 @@ def test_latent_weights_pass_the_gradient_wherever_they_are(cls: type[Method]):
 @pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)
 def test_gradients_keep_the_dtype(cls: type[Method], dtype: torch.dtype):
     assert gradient(cls().input_binarizer(SITE, (12,)), X, dtype).dtype == dtype
+
+
+def test_a_dict_without_a_name_is_refused():
+    with pytest.raises(ValueError, match=r"needs its 'name', one of ste, approx_sign, surge; got \{'clip': 1\}"):
+        method_from_dict({"clip": 1})

@@ -23,6 +23,8 @@ def _lookup(name: str) -> type[Method]:
 def method_from_dict(spec: dict[str, Any]) -> Method:
     """Inverse of `Method.to_dict`. Raises ValueError, with the known names, for an unknown method or argument."""
     arguments = {key: value for key, value in spec.items() if key != "name"}
+    if "name" not in spec:
+        raise ValueError(f"a method's dict needs its 'name', one of {', '.join(METHODS)}; got {spec}")
     cls = _lookup(spec["name"])
     known = [field.name for field in fields(cls)]
     unknown = arguments.keys() - set(known)
