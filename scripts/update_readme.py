@@ -39,8 +39,8 @@ def quickstart_table(results: dict) -> str:
 
     versions = results["versions"]
     note = (
-        f"Seed {results['seed']}, {results['seconds_total']:.0f} seconds on {versions['cores']} cores "
-        f"({versions['machine']}), torch {versions['torch']}, transformers {versions['transformers']}."
+        f"Seed {results['seed']}, {results['seconds_total']:.0f} seconds on {versions['threads']} thread(s) of "
+        f"{versions['cores']} ({versions['machine']}), torch {versions['torch']}, transformers {versions['transformers']}."
     )
     return f"```\n{table(results)}\n```\n{note}"
 
