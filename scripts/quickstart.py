@@ -65,7 +65,7 @@ PRESETS = {
         teacher_epochs=1, teacher_learning_rate=1e-4, epochs=3, learning_rate=2e-3, surge_args="eta=0.1,aux=leaky"
     ),
     "long": Preset(
-        teacher_epochs=2, teacher_learning_rate=1e-4, epochs=12, learning_rate=2e-3, surge_args="eta=0.1,aux=own"
+        teacher_epochs=2, teacher_learning_rate=1e-4, epochs=10, learning_rate=2e-3, surge_args="eta=0.1,aux=own"
     ),
 }
 

@@ -38,10 +38,9 @@ def quickstart_table(results: dict) -> str:
     from quickstart import table
 
     versions = results["versions"]
-    note = (
-        f"Seed {results['seed']}, {results['seconds_total']:.0f} seconds on {versions['threads']} thread(s) of "
-        f"{versions['cores']} ({versions['machine']}), torch {versions['torch']}, transformers {versions['transformers']}."
-    )
+    threads = f"{versions['threads']} thread(s) of {versions['cores']} ({versions['machine']})"
+    packages = f"torch {versions['torch']}, transformers {versions['transformers']}"
+    note = f"Seed {results['seed']}, {results['seconds_total']:.0f} seconds on {threads}, {packages}."
     return f"```\n{table(results)}\n```\n{note}"
 
 
