@@ -164,6 +164,7 @@ def training_arguments(arguments: QuickstartArguments, folder: Path, epochs: flo
         "save_strategy": "epoch",
         "save_total_limit": 1,
         "logging_steps": 10,
+        "disable_tqdm": False,
         "report_to": "none",
         "seed": arguments.seed,
     }

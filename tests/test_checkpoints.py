@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_trainer import trainer
 from tiny import tiny_batch, tiny_model
-from transformers import AutoModelForSequenceClassification, modeling_utils
+from transformers import AutoModelForSequenceClassification, TrainerCallback, modeling_utils
 
 from hf_bnn import BinaryBertForSequenceClassification, Surge, pack_
 from hf_bnn.integrity import MANIFEST, CorruptCheckpointError, verify_manifest
@@ -129,12 +129,24 @@ def run(tmp_path):
     return tmp_path
 
 
+class Steps(TrainerCallback):
+    """Notes the number of every step that is made."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seen.append(state.global_step)
+
+
 def test_a_half_written_checkpoint_is_passed_over(run):
     (run / "checkpoint-4" / MANIFEST).unlink()  # it is written last
     (run / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
     again = trainer(run, method=Surge(), max_steps=4)
+    steps = Steps()
+    again.add_callback(steps)
     again.train(resume_from_checkpoint=True)
-    assert again._initial_global_step == 2
+    assert steps.seen == [3, 4]
     with pytest.raises(
         CorruptCheckpointError, match=r"checkpoint-4 has no hf_bnn_manifest\.json: its writing was cut off"
     ):
