@@ -279,7 +279,7 @@ def logits_of(model, tokenizer, sentences: Dataset) -> torch.Tensor:
 
 
 @torch.no_grad()
-def latency(models: dict[str, torch.nn.Module], batch: int, rounds: int = 30) -> dict[str, float]:
+def latency(models: dict[str, torch.nn.Module], batch: int, rounds: int) -> dict[str, float]:
     """Median milliseconds of a forward pass of `batch` sequences of 64 tokens, the models taking turns."""
     ids = torch.randint(1000, 20000, (batch, MAX_LENGTH), generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -352,13 +352,14 @@ def compare(arguments: QuickstartArguments, tokenizer, held_out: Dataset, latent
     reached = {name: (value.argmax(-1) == labels).float().mean().item() for name, value in logits.items()}
     equal = torch.equal(logits["packed"], logits_of(latent.cpu(), tokenizer, held_out))
     counts = summary(packed)
-    one, many = (latency({"float": teacher, "packed": packed}, batch) for batch in (1, 32))
+    rounds = 3 if arguments.smoke else 30
+    one, many = (latency({"float": teacher, "packed": packed}, batch, rounds) for batch in (1, 32))
     return {
         "smoke": arguments.smoke,
         "accuracy_float": None if arguments.smoke else reached["float"],
         "accuracy_binary": None if arguments.smoke else reached["packed"],
         "retention": None if arguments.smoke else reached["packed"] / reached["float"],
-        "held_out": HELD_OUT,
+        "held_out": len(held_out),
         "bytes_float": file_bytes(folder / "teacher"),
         "bytes_packed": file_bytes(folder / "packed"),
         "matrix_compression": counts.matrix_compression if counts.binary_weights else None,
@@ -395,6 +396,8 @@ def main(argv: list[str] | None = None) -> dict:
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(encoder_path(arguments))
     train, held_out = load_sentences(tokenizer, arguments.seed)
+    if arguments.smoke:
+        held_out = held_out.select(range(100))
     teacher_history = teach(arguments, preset, tokenizer, train, held_out)
     set_seed(arguments.seed)
     latent, history = binary_student(arguments, preset, tokenizer, train, held_out)
