@@ -122,6 +122,11 @@ class BinaryTrainer(CheckedTrainer):
         **kwargs: Any,
     ):
         args = BinaryTrainingArguments(output_dir="tmp_trainer") if args is None else args
+        if not isinstance(args, BinaryTrainingArguments):
+            raise TypeError(
+                f"BinaryTrainer takes BinaryTrainingArguments, not {type(args).__name__}: they have the same fields, "
+                "and those of the method and of distillation"
+            )
         self.method = make_method(args.method, args.method_args) if method is None else method
         if model is not None:
             self.prepare_model(model)

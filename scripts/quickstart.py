@@ -349,7 +349,7 @@ def compare(arguments: QuickstartArguments, tokenizer, held_out: Dataset, latent
     packed = AutoModelForSequenceClassification.from_pretrained(folder / "packed").eval()
     labels = torch.tensor(held_out["labels"])
     logits = {name: logits_of(m, tokenizer, held_out) for name, m in (("float", teacher), ("packed", packed))}
-    reached = {name: (value.argmax(-1) == labels).float().mean().item() for name, value in logits.items()}
+    reached = {name: (value.argmax(-1) == labels).double().mean().item() for name, value in logits.items()}
     equal = torch.equal(logits["packed"], logits_of(latent.cpu(), tokenizer, held_out))
     counts = summary(packed)
     rounds = 3 if arguments.smoke else 30

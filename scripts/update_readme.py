@@ -44,9 +44,26 @@ def quickstart_table(results: dict) -> str:
     return f"```\n{table(results)}\n```\n{note}"
 
 
+def runs_table(runs: list[dict]) -> str:
+    """Every full run of the quick start whose figures are committed: what was chosen, and what came of it."""
+    lines = [
+        "| preset | method | binarize | attention | embeddings | seed | float | binary | kept | file, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        chosen = run["arguments"]
+        method = chosen["method"] + (f" ({chosen['method_args']})" if chosen["method_args"] else "")
+        names = [chosen["preset"], method, *(chosen[key] for key in ("binarize", "attention", "embeddings", "seed"))]
+        reached = [f"{run['accuracy_float']:.1%}", f"{run['accuracy_binary']:.1%}", f"{run['retention']:.3f}"]
+        lines.append("| " + " | ".join(map(str, [*names, *reached, f"{run['bytes_packed'] / 1e6:.2f}"])) + " |")
+    return "\n".join(lines)
+
+
 def updated(text: str) -> str:
     """The README with its generated parts as the committed figures have them."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("quickstart*.json"))]
     parts = {
+        "runs": runs_table(runs),
         "methods": methods_table(json.loads((RESULTS / "bench_training.json").read_text())),
         "quickstart": quickstart_table(json.loads((RESULTS / "quickstart.json").read_text())),
     }

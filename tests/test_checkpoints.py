@@ -95,6 +95,21 @@ def test_saving_again_over_shards_leaves_one_whole_model(tmp_path):
     assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
+def test_saving_shards_over_one_file_leaves_no_stale_weights(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="20kB")
+    assert not (tmp_path / WEIGHTS).exists()  # it would be loaded before the shards
+    assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_another_variant_stays(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, variant="other")
+    assert {path.name for path in tmp_path.glob("model*")} == {WEIGHTS, "model.other.safetensors"}
+
+
 def test_a_flipped_bit_in_a_shard_is_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path, max_shard_size="20kB")
     path = sorted(tmp_path.glob("model-*.safetensors"))[-1]

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny import EVERY_METHOD, method_id, tiny_batch, tiny_float_bert, tiny_model
-from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed
+from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainingArguments, set_seed
 
 from hf_bnn import BinaryTrainer, BinaryTrainingArguments, Surge, pack_
 from hf_bnn.checked_trainer import NonFiniteTrainingError
@@ -140,6 +140,13 @@ def test_unknown_methods_and_arguments_are_refused_with_the_known_ones(tmp_path)
 def test_a_packed_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is packed: its weights are bits and cannot be trained\. Load the latent"):
         trainer(tmp_path, pack_(tiny_model()))
+
+
+def test_plain_training_arguments_are_refused(tmp_path):
+    with pytest.raises(
+        TypeError, match="takes BinaryTrainingArguments, not TrainingArguments: they have the same fields"
+    ):
+        BinaryTrainer(tiny_model(), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
 
 
 def test_a_float_model_is_refused(tmp_path):

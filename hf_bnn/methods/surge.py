@@ -109,7 +109,7 @@ class AuxiliaryBranch(Recorder):
     """The Dual-Path Gradient Compensator: runs a binary operator and adds lambda g_a to its input's gradient.
 
     The branch itself, f_a(x) = W_a x, is never computed. `initial` is what W_a starts as: one tensor, or the factors
-    (U, V) of one. With `learned=False` W_a is the layer's latent weight as it stands, and nothing is kept here.
+    (U, V) of one; with None it is the layer's latent weight as it stands, and nothing is kept here.
     """
 
     def __init__(self, layer: nn.Module, eta: float, initial: tuple[Tensor, ...] | None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class BinaryModelMixin:
 
             replace_modules(self, rounded)
 
-    # Loading: three hooks of PreTrainedModel.from_pretrained.
+    # Loading: hooks of PreTrainedModel.from_pretrained.
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
@@ -181,7 +182,7 @@ class BinaryModelMixin:
             weights = sorted(p.name for p in Path(staging).iterdir() if p.suffix == ".safetensors")
             self.config.weights_sha256 = {name: file_digest(Path(staging) / name) for name in weights}
             self.config.save_pretrained(staging)
-            publish(staging, save_directory)
+            publish(staging, save_directory, kwargs.get("variant"))
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"could not save to {save_directory}: {error}. Nothing that was there has changed; "
@@ -193,11 +194,16 @@ class BinaryModelMixin:
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
 
 
-def publish(staging: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Move finished files into place, the config last; shards of an earlier save go."""
+def publish(staging: str | os.PathLike, folder: str | os.PathLike, variant: str | None = None) -> None:
+    """Move finished files into place, the config last. Weights of an earlier save that these replace go."""
     fresh = {path.name for path in Path(staging).iterdir()}
     for path in sorted(Path(staging).iterdir(), key=lambda p: p.name == "config.json"):
         os.replace(path, Path(folder) / path.name)
-    for path in Path(folder).glob("model*.safetensors*"):
-        if path.name not in fresh:
-            path.unlink()
+    dotted = f".{variant}" if variant else ""
+    same = re.compile(
+        rf"model{re.escape(dotted)}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{dotted}\.json"
+    )
+    if any(same.fullmatch(name) for name in fresh):  # one file after shards, or the other way round
+        for path in Path(folder).iterdir():
+            if same.fullmatch(path.name) and path.name not in fresh:
+                path.unlink()
