@@ -110,6 +110,21 @@ def test_ctrl_c_leaves_a_state_that_resumes(smoke):
     assert again.returncode == 0, again.stderr[-3000:]
 
 
+def test_altered_sentences_are_made_of_the_real_ones():
+    rows = [[101, *range(10 * i, 10 * i + 9), 102] for i in range(1, 21)]
+    columns = {"input_ids": rows, "token_type_ids": [[0] * 11] * 20, "attention_mask": [[1] * 11] * 20}
+    sentences = Dataset.from_dict({**columns, "labels": [0, 1] * 10})
+    more = quickstart.altered(sentences, 2, seed=0)
+    assert len(more) == 60
+    assert more["input_ids"][:20] == rows
+    assert more["labels"][:] == [0, 1] * 30
+    for row, mask in zip(more["input_ids"][20:], more["attention_mask"][20:], strict=True):
+        assert (row[0], row[-1], len(mask)) == (101, 102, len(row))
+        assert len({token // 10 for token in row[1:-1]}) <= 2  # words of one sentence, or of two
+    assert sum(row in rows for row in more["input_ids"][20:]) < 20
+    assert more["input_ids"][:] == quickstart.altered(sentences, 2, seed=0)["input_ids"][:]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
