@@ -3,6 +3,7 @@
 import os
 
 # Read when transformers and tokenizers are imported: before anything else imports them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread would only wait, busily
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
