@@ -86,7 +86,7 @@ class QuickstartArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A float BERT encoder; default: all-MiniLM-L6-v2."}
     )
-    preset: str = field(default="quick", metadata={"help": "quick (minutes) or long (about an hour on two cores)."})
+    preset: str = field(default="quick", metadata={"help": "quick (minutes) or long (about half an hour)."})
     method: str = field(default="surge", metadata={"help": "A training method: one of hf_bnn.METHODS."})
     method_args: str | None = field(default=None, metadata={"help": 'Its arguments, such as "eta=0.1,aux=leaky".'})
     binarize: str = field(default="both", metadata={"help": "both, weights or activations."})
