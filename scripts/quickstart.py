@@ -215,17 +215,16 @@ def freeze_words(model) -> None:
         parameter.requires_grad_(False)
 
 
-def run(trainer: CheckedTrainer) -> dict[str, float]:
-    """Train from the last complete checkpoint, if any; the held-out metrics. Exits if the user stops it."""
+def run(trainer: CheckedTrainer) -> None:
+    """Train from the last complete checkpoint, if any. Exits if the user stops it."""
     stop = StopOnInterrupt()
     trainer.add_callback(stop)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
     if stop.asked:
         sys.exit(130)
-    return trainer.evaluate()
 
 
-def teach(arguments: QuickstartArguments, preset: Preset, tokenizer, train: Dataset, held_out: Dataset) -> list:
+def teach(arguments: QuickstartArguments, preset: Preset, tokenizer, train: Dataset) -> list[dict]:
     """Fine-tune the float teacher, unless a finished one lies there. The log of its training."""
     folder = Path(arguments.output_dir) / "teacher"
     settings = training_arguments(arguments, folder, preset.teacher_epochs, preset.teacher_learning_rate)
@@ -242,9 +241,7 @@ def teach(arguments: QuickstartArguments, preset: Preset, tokenizer, train: Data
         model,
         TrainingArguments(**settings),
         train_dataset=train,
-        eval_dataset=held_out,
         processing_class=tokenizer,
-        compute_metrics=accuracy,
     )
     run(trainer)
     trainer.save_model()
@@ -254,7 +251,7 @@ def teach(arguments: QuickstartArguments, preset: Preset, tokenizer, train: Data
 
 
 def binary_student(
-    arguments: QuickstartArguments, preset: Preset, tokenizer, train: Dataset, held_out: Dataset
+    arguments: QuickstartArguments, preset: Preset, tokenizer, train: Dataset
 ) -> tuple[torch.nn.Module, list[dict]]:
     """Train the binary model under the teacher and save it packed: the latent model, and the log of its training."""
     folder = Path(arguments.output_dir)
@@ -281,9 +278,7 @@ def binary_student(
         ),
         teacher_model=teacher,
         train_dataset=altered(train, preset.altered_copies, arguments.seed) if preset.altered_copies else train,
-        eval_dataset=held_out,
         processing_class=tokenizer,
-        compute_metrics=accuracy,
     )
     run(trainer)
     trainer.save_model(folder / "packed")
@@ -299,8 +294,9 @@ def run_folder(arguments: QuickstartArguments) -> Path:
     return Path(arguments.output_dir) / "runs" / f"{arguments.method}-{arguments.binarize}-{digest}"
 
 
-def accuracy(prediction) -> dict[str, float]:
-    return GlueMetric("sst2").compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
+def accuracy(logits: torch.Tensor, labels: list[int]) -> float:
+    """The share of sentences whose larger logit is that of their label, 0 to 1."""
+    return GlueMetric("sst2").compute(predictions=logits.argmax(-1).tolist(), references=labels)["accuracy"]
 
 
 @torch.no_grad()
@@ -381,9 +377,8 @@ def compare(arguments: QuickstartArguments, tokenizer, held_out: Dataset, latent
     folder = Path(arguments.output_dir)
     teacher = AutoModelForSequenceClassification.from_pretrained(folder / "teacher").eval()
     packed = AutoModelForSequenceClassification.from_pretrained(folder / "packed").eval()
-    labels = torch.tensor(held_out["labels"])
     logits = {name: logits_of(m, tokenizer, held_out) for name, m in (("float", teacher), ("packed", packed))}
-    reached = {name: (value.argmax(-1) == labels).double().mean().item() for name, value in logits.items()}
+    reached = {name: accuracy(value, held_out["labels"][:]) for name, value in logits.items()}
     equal = torch.equal(logits["packed"], logits_of(latent.cpu(), tokenizer, held_out))
     counts = summary(packed)
     rounds = 3 if arguments.smoke else 30
@@ -432,9 +427,9 @@ def main(argv: list[str] | None = None) -> dict:
     train, held_out = load_sentences(tokenizer, arguments.seed)
     if arguments.smoke:
         held_out = held_out.select(range(100))
-    teacher_history = teach(arguments, preset, tokenizer, train, held_out)
+    teacher_history = teach(arguments, preset, tokenizer, train)
     set_seed(arguments.seed)
-    latent, history = binary_student(arguments, preset, tokenizer, train, held_out)
+    latent, history = binary_student(arguments, preset, tokenizer, train)
     results = compare(arguments, tokenizer, held_out, latent)
     results.update(
         seconds_total=time.perf_counter() - start,

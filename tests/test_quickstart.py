@@ -47,7 +47,7 @@ def smoke(tmp_path_factory):
     assert first.returncode == 0, first.stderr[-3000:]
     second = run(command, "--max_steps", "3", "--method", "approx_sign")
     assert second.returncode == 0, second.stderr[-3000:]
-    return folder, first.stdout, second.stdout
+    return folder, first.stdout + first.stderr, second.stdout + second.stderr
 
 
 @pytest.mark.slow
@@ -68,6 +68,7 @@ def test_the_quick_start_packs_reloads_and_measures(smoke):
     bits = load_file(folder / "packed" / "model.safetensors")["bert.encoder.layer.0.output.dense.weight"]
     assert (bits.dtype, bits.shape) == (torch.uint8, (384, 192))
     assert "packed logits equal the trained model's: yes" in first
+    assert "| 3/3 [" in first  # a progress bar
 
 
 @pytest.mark.slow
@@ -79,6 +80,7 @@ def test_a_smoke_run_claims_no_accuracy(smoke):
     for printed in (first, second):
         assert "accuracy: not reported, this was a smoke run of 3 steps" in printed
         assert not re.search(r"accuracy.*\d\d\.\d%", printed)
+        assert "eval_accuracy" not in printed
 
 
 @pytest.mark.slow
