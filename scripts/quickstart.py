@@ -41,14 +41,13 @@ from hf_bnn import BinaryBertForSequenceClassification, BinaryTrainer, BinaryTra
 from hf_bnn.allocator import keep_freed_memory
 from hf_bnn.checked_trainer import CheckedTrainer, last_complete_checkpoint
 from hf_bnn.glue import GlueMetric
-from hf_bnn.integrity import is_complete, verify_manifest, write_atomically, write_manifest
+from hf_bnn.integrity import MANIFEST, is_complete, verify_manifest, write_atomically, write_manifest
 
 DATA = Path(__file__).parent / "data" / "rotten_tomatoes.jsonl.gz"
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 HELD_OUT = 1000
 MAX_LENGTH = 64
 DROPPED_WORDS = 0.15  # the share left out of an altered sentence
-TEACHER_SETTINGS = ("num_train_epochs", "max_steps", "learning_rate", "seed")
 
 
 @dataclass(frozen=True)
@@ -227,13 +226,20 @@ def run(trainer: CheckedTrainer) -> None:
 def teach(arguments: QuickstartArguments, preset: Preset, tokenizer, train: Dataset) -> list[dict]:
     """Fine-tune the float teacher, unless a finished one lies there. The log of its training."""
     folder = Path(arguments.output_dir) / "teacher"
-    settings = training_arguments(arguments, folder, preset.teacher_epochs, preset.teacher_learning_rate)
-    wanted = {"model": Path(encoder_path(arguments)).name, **{key: settings[key] for key in TEACHER_SETTINGS}}
+    chosen = {
+        "model": Path(encoder_path(arguments)).name,
+        "epochs": preset.teacher_epochs,
+        "learning_rate": preset.teacher_learning_rate,
+        "max_steps": arguments.max_steps,
+        "seed": arguments.seed,
+    }
     record = folder / "teacher.json"
-    if is_complete(folder) and json.loads(record.read_text()).get("settings") == wanted:
+    if is_complete(folder) and json.loads(record.read_text()).get("settings") == chosen:
         verify_manifest(folder)
         print(f"teacher: {folder} is finished, and used again")
         return json.loads(record.read_text())["history"]
+    run_dir = run_folder(arguments.output_dir, "teacher", chosen)
+    settings = training_arguments(arguments, run_dir, preset.teacher_epochs, preset.teacher_learning_rate)
     print("teacher: fine-tuning the float model")
     model = BertForSequenceClassification.from_pretrained(encoder_path(arguments), attn_implementation="eager")
     freeze_words(model)
@@ -244,8 +250,9 @@ def teach(arguments: QuickstartArguments, preset: Preset, tokenizer, train: Data
         processing_class=tokenizer,
     )
     run(trainer)
-    trainer.save_model()
-    record.write_text(json.dumps({"settings": wanted, "history": trainer.state.log_history}))
+    (folder / MANIFEST).unlink(missing_ok=True)  # until all of the new teacher is written
+    trainer.save_model(folder)
+    record.write_text(json.dumps({"settings": chosen, "history": trainer.state.log_history}))
     write_manifest(folder)
     return trainer.state.log_history
 
@@ -267,9 +274,9 @@ def binary_student(
     if arguments.attention == "float":
         model.set_attn_implementation("eager")  # its backward pass is much the faster one on a CPU
     epochs = arguments.num_train_epochs or preset.epochs
-    settings = training_arguments(
-        arguments, run_folder(arguments), epochs, arguments.learning_rate or preset.learning_rate
-    )
+    chosen = {key: value for key, value in asdict(arguments).items() if key not in ("output_dir", "threads")}
+    run_dir = run_folder(arguments.output_dir, f"{arguments.method}-{arguments.binarize}", chosen)
+    settings = training_arguments(arguments, run_dir, epochs, arguments.learning_rate or preset.learning_rate)
     print(f"binary model: training with {arguments.method}, binarize={arguments.binarize}")
     trainer = BinaryTrainer(
         model,
@@ -287,11 +294,13 @@ def binary_student(
     return model, trainer.state.log_history
 
 
-def run_folder(arguments: QuickstartArguments) -> Path:
-    """Where the binary model's checkpoints lie: a folder of its own for each choice of arguments."""
-    chosen = {key: value for key, value in asdict(arguments).items() if key not in ("output_dir", "threads")}
+def run_folder(output_dir: str, name: str, chosen: dict) -> Path:
+    """Where a run's checkpoints lie: a folder of its own for each choice, so that none goes on from another's.
+
+    Another seed is another split: going on from its checkpoint would have seen the held-out sentences.
+    """
     digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(arguments.output_dir) / "runs" / f"{arguments.method}-{arguments.binarize}-{digest}"
+    return Path(output_dir) / "runs" / f"{name}-{digest}"
 
 
 def accuracy(logits: torch.Tensor, labels: list[int]) -> float:

@@ -85,8 +85,10 @@ def test_a_smoke_run_claims_no_accuracy(smoke):
 
 @pytest.mark.slow
 def test_a_second_run_uses_the_finished_teacher(smoke):
-    _, first, second = smoke
+    folder, first, second = smoke
     assert "teacher: fine-tuning the float model" in first
+    assert len(list(folder.glob("runs/teacher-*/checkpoint-3"))) == 1
+    assert not list(folder.glob("teacher/checkpoint-*"))
     assert "is finished, and used again" in second
 
 
@@ -110,6 +112,13 @@ def test_ctrl_c_leaves_a_state_that_resumes(smoke):
         QUICKSTART.replace("--output_dir quickstart", f"--output_dir {folder}"), "--max_steps", "3", "--method", "ste"
     )
     assert again.returncode == 0, again.stderr[-3000:]
+
+
+def test_no_run_goes_on_from_the_checkpoints_of_another_choice(tmp_path):
+    choices = [{"seed": 0, "max_steps": -1}, {"seed": 1, "max_steps": -1}, {"seed": 0, "max_steps": 3}]
+    folders = {quickstart.run_folder(str(tmp_path), "teacher", chosen) for chosen in choices}
+    assert len(folders) == 3
+    assert quickstart.run_folder(str(tmp_path), "teacher", {"max_steps": 3, "seed": 0}) in folders
 
 
 def test_altered_sentences_are_made_of_the_real_ones():
