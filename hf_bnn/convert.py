@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .layers import BinaryLinear, binary_layers
+from .layers import BinaryConv2d, BinaryLinear, binary_layers
 from .levels import ElasticLevels, SignedLevels
 from .packed import PACKED, is_packed
 
 if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
     from .methods.base import Method
+
+
+BINARY = {nn.Linear: BinaryLinear, nn.Conv2d: BinaryConv2d}
 
 
 def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
@@ -56,18 +59,20 @@ def binarize_(
     skip: tuple[str, ...] | list[str] = (),
     binarize: str = "both",
     levels: Callable[[str], SignedLevels] | None = None,
+    weight_scaling: str = "channel",
 ) -> nn.Module:
-    """Turn every `nn.Linear` whose name matches no pattern in `skip` into a binary layer, in place.
+    """Turn every `nn.Linear` and `nn.Conv2d` whose name matches no pattern in `skip` into a binary layer, in place.
 
     The float weights become the latent weights. `levels(name)` makes the levels of a layer's input ({-1, 1} unless
-    given). `binarize`: "both", "weights" or "activations". Raises ValueError if nothing is left to binarize.
+    given). `binarize`: "both", "weights" or "activations". `weight_scaling`: "channel", "layer" or "none". Raises
+    ValueError if nothing is left to binarize.
 
     >>> model = binarize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), skip=("2",))
     >>> [type(module).__name__ for module in model]
     ['BinaryLinear', 'ReLU', 'Linear']
     """
 
-    to_binary_(model, skip, binarize, levels)
+    to_binary_(model, skip, binarize, levels, weight_scaling)
     return install_method(model, method)
 
 
@@ -76,16 +81,18 @@ def to_binary_(
     skip: tuple[str, ...] | list[str] = (),
     binarize: str = "both",
     levels: Callable[[str], SignedLevels] | None = None,
+    weight_scaling: str = "channel",
 ) -> nn.Module:
     """`binarize_` without a method: the layers evaluate, but cannot be trained yet."""
 
     def binary(name: str, module: nn.Module) -> nn.Module | None:
-        if type(module) is not nn.Linear or matches(name, skip):
+        if type(module) not in BINARY or matches(name, skip):
             return None
-        return BinaryLinear.from_float(module, binarize, levels(name) if levels else None)
+        return BINARY[type(module)].from_float(module, binarize, levels(name) if levels else None, weight_scaling)
 
     if not replace_modules(model, binary):
-        raise ValueError(f"nothing to binarize: no layer outside skip={tuple(skip)} is one of ['Linear']")
+        kinds = [cls.__name__ for cls in BINARY]
+        raise ValueError(f"nothing to binarize: no layer outside skip={tuple(skip)} is one of {kinds}")
     return model
 
 

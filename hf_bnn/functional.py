@@ -3,6 +3,7 @@
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -75,14 +76,24 @@ def identity_sign(x: Tensor) -> Tensor:
     return _IdentitySign.apply(x)
 
 
-def channel_scale(weight: Tensor) -> Tensor:
-    """Mean |w| per output channel, shape `(out,)`, float32 (XNOR-Net, arXiv 1603.05279, eq. 6)."""
-    return weight.detach().float().abs().flatten(1).mean(1)
+WEIGHT_SCALINGS = ("channel", "layer", "none")
+
+
+def weight_scale(weight: Tensor, scaling: str = "channel") -> Tensor:
+    """The scale of each output channel's signs, shape `(out,)`, float32.
+
+    "channel": mean |w| of the channel (XNOR-Net, arXiv 1603.05279, eq. 6); "layer": mean |w| of the whole weight
+    (DoReFa-Net, arXiv 1606.06160, eq. 8); "none": 1.
+    """
+    if scaling == "none":
+        return torch.ones(weight.shape[0], device=weight.device)
+    per_channel = weight.detach().float().abs().flatten(1).mean(1)
+    return per_channel if scaling == "channel" else per_channel.mean().expand_as(per_channel)
 
 
 def pack_bits(x: Tensor) -> Tensor:
     """Sign bits of `(out, in)` as uint8 `(out, ceil(in / 8))`: little-endian along the input, bit 1 = negative."""
-    bits = torch.nn.functional.pad((x < 0).to(torch.uint8), (0, -x.shape[-1] % 8))
+    bits = F.pad((x < 0).to(torch.uint8), (0, -x.shape[-1] % 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
     return (bits.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
 
@@ -115,9 +126,45 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
     return sums.view(*left.shape[:-1], right.shape[0])
 
 
+def integer_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """The convolution of int8 signs `(N, in, H, W)` and `(out, in / groups, kh, kw)`, zeros at the border: exact sums
+    as float32 `(N, out, H', W')`, channels last in memory.
+    """
+    (kh, kw), (sh, sw), (dh, dw) = weight.shape[2:], stride, dilation
+    nhwc = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0])).contiguous()
+    n, height, width, channels = nhwc.shape
+    out_h, out_w = (height - dh * (kh - 1) - 1) // sh + 1, (width - dw * (kw - 1) - 1) // sw + 1
+    if out_h < 1 or out_w < 1:
+        raise ValueError(f"a {kh} x {kw} kernel does not fit into a padded input of {height} x {width}")
+    batch, row, column, channel = nhwc.stride()
+    windows = nhwc.as_strided(
+        (n, out_h, out_w, kh, kw, channels), (batch, row * sh, column * sw, row * dh, column * dw, channel)
+    )
+    kernels = weight.permute(0, 2, 3, 1)
+    if groups == 1:
+        sums = integer_product(windows.reshape(n * out_h * out_w, -1), kernels.reshape(weight.shape[0], -1))
+    else:
+        rows = windows.unflatten(-1, (groups, -1)).permute(5, 0, 1, 2, 3, 4, 6).reshape(groups, n * out_h * out_w, -1)
+        columns = kernels.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
+        sums = exact_matmul(rows.float(), columns.float()).transpose(0, 1)
+    return sums.reshape(n, out_h, out_w, weight.shape[0]).permute(0, 3, 1, 2)
+
+
+def exactly(device: torch.device) -> torch.autocast:
+    """A context in which products run in float32 even under autocast: bfloat16 would round sums of signs above 256."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` in float32 even under autocast: bfloat16 would round sums of signs above 256."""
-    with torch.autocast(left.device.type, enabled=False):
+    """`left @ right` in float32 even under autocast."""
+    with exactly(left.device):
         return left @ right
 
 

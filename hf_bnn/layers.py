@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .functional import channel_scale, exact_matmul, integer_product, sign, sign_int8, straight_through
+from .functional import WEIGHT_SCALINGS, exact_matmul, sign, sign_int8, weight_scale
 from .levels import ElasticLevels, SignedLevels
-from .products import LinearProduct
+from .products import Conv2dProduct, LinearProduct
 
 if TYPE_CHECKING:
-    from .methods.base import Method, Site
+    from .methods.base import Method, Part, Site
 
 BINARIZE = ("both", "weights", "activations")
 
@@ -24,6 +24,7 @@ class _Rescale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, product: Tensor, weight_scale: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         ctx.save_for_backward(product, weight_scale, scale)
+        ctx.offset_shape = None if offset is None else offset.shape
         y = product * (weight_scale * scale)
         return y if offset is None else y.add_(offset)
 
@@ -36,17 +37,18 @@ class _Rescale(torch.autograd.Function):
         if ctx.needs_input_grad[2]:  # sum of grad * product * weight_scale
             grad_scale = (grad_product.flatten().float() @ product.flatten().float() / scale).view(scale.shape)
         if ctx.needs_input_grad[3]:
-            grad_offset = grad.reshape(-1, grad.shape[-1]).sum(0)
+            grad_offset = grad.sum_to_size(ctx.offset_shape)
         return grad_product, None, grad_scale, grad_offset
 
 
 def rescale(
     product: Tensor, weight_scale: Tensor, weight_sum: Tensor | None, levels: SignedLevels, bias: Tensor | None
 ) -> Tensor:
-    """A product of signs `(..., out)` in the units of the output; latent and packed layers share its roundings.
+    """A product of signs in the units of the output; latent and packed layers share its roundings.
 
-    Inputs on the levels a s + c against weights m t: sum (a s + c) m t = (a m) sum s t + (c m) sum t.
-    `weight_sum`, the sum of t per output channel, is needed where the levels are shifted.
+    Inputs on the levels a s + c against weights m t: sum (a s + c) m t = (a m) sum s t + (c m) sum t. `weight_sum`,
+    the sum of t over what an output sees, is needed where the levels are shifted. `weight_scale`, `weight_sum` and
+    `bias` have shapes that broadcast to that of `product`.
     """
     scale, shift = levels.affine()
     offset = bias
@@ -56,7 +58,8 @@ def rescale(
     return _Rescale.apply(product, weight_scale, torch.as_tensor(scale, device=product.device), offset)
 
 
-def sign_linear(
+def sign_product(
+    product: LinearProduct | Conv2dProduct,
     x: Tensor,
     weight_signs: Tensor,
     weight_scale: Tensor,
@@ -64,19 +67,21 @@ def sign_linear(
     bias: Tensor | None,
     binary_inputs: bool,
 ) -> Tensor:
-    """Inference of a layer with int8 weight signs `(out, in)`: exact sums if the inputs are binary too."""
+    """Inference of a layer with int8 weight signs: exact sums if the inputs are binary too."""
     if binary_inputs:
-        product = integer_product(sign_int8(x, levels.threshold()), weight_signs)
+        y = product.of_signs(sign_int8(x, levels.threshold()), weight_signs)
     else:
-        product = F.linear(x, weight_signs.to(x.dtype))
-    total = weight_signs.sum(1, dtype=torch.float32) if levels.shifted else None
-    return rescale(product, weight_scale, total, levels, bias).to(x.dtype)
+        y = product(x, weight_signs.to(x.dtype))
+    total = product.weight_sum(weight_signs, x) if levels.shifted else None
+    bias = None if bias is None else product.per_channel(bias)
+    return rescale(y, product.per_channel(weight_scale), total, levels, bias).to(x.dtype)
 
 
 class BinaryLayer(nn.Module):
     """What all binary layers share: slots that a method fills with parts, and that packing empties."""
 
     slots: ClassVar[tuple[str, ...]]
+    binary_weight = False  # whether it has a weight of which only the signs are used
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -85,6 +90,17 @@ class BinaryLayer(nn.Module):
 
     def install(self, method: "Method", site: "Site") -> None:
         """Fill the slots with the method's parts."""
+        for slot, part in zip(self.slots, self.make_parts(method, site), strict=True):
+            setattr(self, slot, part)
+        self.place(site)
+
+    def place(self, site: "Site") -> None:
+        """Tell the parts where in the network they are."""
+        for _, part in self.parts():
+            part.site = site
+
+    def make_parts(self, method: "Method", site: "Site") -> "tuple[Part | None, ...]":
+        """One part per slot; None: a slot stays empty."""
         raise NotImplementedError(f"{type(self).__name__} must say which parts it takes")
 
     def fit_levels(self, *inputs: Tensor) -> None:
@@ -107,18 +123,87 @@ class BinaryLayer(nn.Module):
         return learns
 
 
-class BinaryLinear(BinaryLayer, nn.Linear):
-    """`(..., in) -> (..., out)` with weights of +-1 times one scale per output channel, and inputs on two levels.
+class WeightedLayer(BinaryLayer):
+    """What BinaryLinear and BinaryConv2d share. Comes before the float layer whose parameters and keys they keep."""
+
+    slots = ("weight_binarizer", "input_binarizer", "around")
+    product: LinearProduct | Conv2dProduct
+
+    def set_structure(self, binarize: str, levels: SignedLevels | None, weight_scaling: str) -> None:
+        """What is binary, on which levels, and how the weights' signs are scaled."""
+        if binarize not in BINARIZE:
+            raise ValueError(f"binarize={binarize!r}: expected one of {', '.join(BINARIZE)}")
+        if weight_scaling not in WEIGHT_SCALINGS:
+            raise ValueError(f"weight_scaling={weight_scaling!r}: expected one of {', '.join(WEIGHT_SCALINGS)}")
+        self.binarize, self.weight_scaling = binarize, weight_scaling
+        self.input_levels = SignedLevels() if levels is None or binarize == "weights" else levels
+
+    @property
+    def binary_weight(self) -> bool:
+        return self.binarize != "activations"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one input example, 1 where it may vary."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its inputs look like")
+
+    def make_parts(self, method: "Method", site: "Site") -> "tuple[Part | None, ...]":
+        site = site._replace(weight_scaling=self.weight_scaling)
+        return (
+            method.weight_binarizer(site) if self.binarize != "activations" else None,
+            method.input_binarizer(site, self.input_shape) if self.binarize != "weights" else None,
+            method.around(site, self),
+        )
+
+    def place(self, site: "Site") -> None:
+        super().place(site._replace(weight_scaling=self.weight_scaling))
+
+    def fit_levels(self, *inputs: Tensor) -> None:
+        self.input_levels.fit(inputs[0])
+
+    def scale(self) -> Tensor:
+        """The scale of each output channel's signs, shape `(out,)`."""
+        return weight_scale(self.weight, self.weight_scaling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.learns(x, self.weight):
+            return self.around(self._learning_forward, x)
+        if self.binarize == "activations":
+            return self._with_float_weight(sign(x - self.input_levels.threshold()))
+        binary_inputs = self.binarize == "both"
+        signs = sign_int8(self.weight)
+        return sign_product(self.product, x, signs, self.scale(), self.input_levels, self.bias, binary_inputs)
+
+    def _learning_forward(self, x: Tensor) -> Tensor:
+        """The binary operator as the method's parts see it: differentiable, on floats."""
+        signs = x if self.input_binarizer is None else self.input_binarizer(self.input_levels.normalize(x))
+        if self.weight_binarizer is None:
+            return self._with_float_weight(signs)
+        weight = self.weight_binarizer(self.weight)
+        total = self.product.weight_sum(weight, x) if self.input_levels.shifted else None
+        bias = None if self.bias is None else self.product.per_channel(self.bias)
+        scale = self.product.per_channel(self.scale())
+        y = rescale(self.product(signs, weight), scale, total, self.input_levels, bias)
+        return y.to(self.weight.dtype)
+
+    def _with_float_weight(self, signs: Tensor) -> Tensor:
+        scale, shift = self.input_levels.affine()
+        y = self.product(signs * scale + shift, self.weight)
+        return y if self.bias is None else y + self.product.per_channel(self.bias)
+
+
+class BinaryLinear(WeightedLayer, nn.Linear):
+    """`(..., in) -> (..., out)` with weights of +-1 times a scale, and inputs on two levels.
 
     `binarize` says which side is binary: "both", "weights" (inputs stay float) or "activations" (weights stay float).
-    In evaluation the product runs on integers and is exact.
+    `weight_scaling`: one scale per output "channel" (mean |w|), one per "layer", or "none". In evaluation the product
+    runs on integers and is exact.
 
     >>> layer = BinaryLinear(8, 4).eval().requires_grad_(False)
     >>> layer(torch.randn(2, 8)).shape
     torch.Size([2, 4])
     """
 
-    slots = ("weight_binarizer", "input_binarizer", "around")
     product = LinearProduct()
 
     def __init__(
@@ -128,56 +213,107 @@ class BinaryLinear(BinaryLayer, nn.Linear):
         bias: bool = True,
         binarize: str = "both",
         levels: SignedLevels | None = None,
+        weight_scaling: str = "channel",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        if binarize not in BINARIZE:
-            raise ValueError(f"binarize={binarize!r}: expected one of {', '.join(BINARIZE)}")
-        self.binarize = binarize
-        self.input_levels = SignedLevels() if levels is None or binarize == "weights" else levels
+        self.set_structure(binarize, levels, weight_scaling)
 
     @classmethod
     def from_float(
-        cls, linear: nn.Linear, binarize: str = "both", levels: SignedLevels | None = None
+        cls,
+        linear: nn.Linear,
+        binarize: str = "both",
+        levels: SignedLevels | None = None,
+        weight_scaling: str = "channel",
     ) -> "BinaryLinear":
         """A binary layer that takes over the float layer's parameters."""
         size = (linear.in_features, linear.out_features, linear.bias is not None)
-        new = cls(*size, binarize, levels, device="meta", dtype=linear.weight.dtype)
+        new = cls(*size, binarize, levels, weight_scaling, device="meta", dtype=linear.weight.dtype)
         new.weight, new.bias = linear.weight, linear.bias
         return new.train(linear.training)
 
-    def install(self, method: "Method", site: "Site") -> None:
-        binary = {"both": self.slots, "weights": ("weight_binarizer",), "activations": ("input_binarizer",)}
-        slots = binary[self.binarize]
-        self.weight_binarizer = method.weight_binarizer(site) if "weight_binarizer" in slots else None
-        self.input_binarizer = method.input_binarizer(site, (self.in_features,)) if "input_binarizer" in slots else None
-        self.around = method.around(site, self)
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.in_features,)
 
-    def fit_levels(self, *inputs: Tensor) -> None:
-        self.input_levels.fit(inputs[0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.learns(x, self.weight):
-            return self.around(self._learning_forward, x)
-        if self.binarize == "activations":
-            return self._with_float_weight(sign(x - self.input_levels.threshold()))
-        scale, signs = channel_scale(self.weight), sign_int8(self.weight)
-        return sign_linear(x, signs, scale, self.input_levels, self.bias, self.binarize == "both")
+class BinaryConv2d(WeightedLayer, nn.Conv2d):
+    """`(N, in, H, W) -> (N, out, H', W')` with weights of +-1 times a scale, and inputs on two levels.
 
-    def _learning_forward(self, x: Tensor) -> Tensor:
-        """The binary operator as the method's parts see it: differentiable, on floats."""
-        signs = x if self.input_binarizer is None else self.input_binarizer(self.input_levels.normalize(x))
-        if self.weight_binarizer is None:
-            return self._with_float_weight(signs)
-        weight = self.weight_binarizer(self.weight)
-        total = weight.sum(1) if self.input_levels.shifted else None
-        y = rescale(self.product(signs, weight), channel_scale(self.weight), total, self.input_levels, self.bias)
-        return y.to(self.weight.dtype)
+    `binarize` and `weight_scaling` as in BinaryLinear. A padded position adds exactly nothing, whatever the levels.
 
-    def _with_float_weight(self, signs: Tensor) -> Tensor:
-        scale, shift = self.input_levels.affine()
-        return F.linear(signs * scale + shift, self.weight, self.bias)
+    >>> layer = BinaryConv2d(8, 4, 3, padding=1).eval().requires_grad_(False)
+    >>> layer(torch.randn(2, 8, 5, 5)).shape
+    torch.Size([2, 4, 5, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        binarize: str = "both",
+        levels: SignedLevels | None = None,
+        weight_scaling: str = "channel",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        super().__init__(*geometry, bias, device=device, dtype=dtype)
+        self.padding = padding_of(self)
+        self.set_structure(binarize, levels, weight_scaling)
+
+    @classmethod
+    def from_float(
+        cls,
+        conv: nn.Conv2d,
+        binarize: str = "both",
+        levels: SignedLevels | None = None,
+        weight_scaling: str = "channel",
+    ) -> "BinaryConv2d":
+        """A binary layer that takes over the float layer's parameters. Raises ValueError unless it pads with zeros."""
+        new = cls(
+            *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, padding_of(conv), conv.dilation),
+            *(conv.groups, conv.bias is not None, binarize, levels, weight_scaling),
+            device="meta",
+            dtype=conv.weight.dtype,
+        )
+        new.weight, new.bias = conv.weight, conv.bias
+        return new.train(conv.training)
+
+    @property
+    def product(self) -> Conv2dProduct:
+        return Conv2dProduct(self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.in_channels, 1, 1)
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
+    """(rows, columns) of zeros on each side. Raises ValueError for padding of another kind."""
+    if conv.padding_mode != "zeros":
+        raise ValueError(
+            f"padding_mode={conv.padding_mode!r}: a binary convolution pads with zeros; leave it float (skip=...)"
+        )
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if any(n % 2 for n in total):
+            raise ValueError(
+                f"padding='same' with kernel_size={conv.kernel_size} pads more on one side than on the other: "
+                "a binary convolution pads alike; leave it float (skip=...)"
+            )
+        return tuple(n // 2 for n in total)
+    return conv.padding
 
 
 class BinaryMatmul(BinaryLayer):
@@ -195,10 +331,9 @@ class BinaryMatmul(BinaryLayer):
         super().__init__()
         self.left_levels, self.right_levels = left_levels, right_levels
 
-    def install(self, method: "Method", site: "Site") -> None:
-        self.left_binarizer = method.input_binarizer(site, (1, 1))
-        self.right_binarizer = method.input_binarizer(site, (1, 1))
-        self.around = method.around(site, self)
+    def make_parts(self, method: "Method", site: "Site") -> "tuple[Part | None, ...]":
+        left, right = method.input_binarizer(site, (1, 1)), method.input_binarizer(site, (1, 1))
+        return left, right, method.around(site, self)
 
     def fit_levels(self, *inputs: Tensor) -> None:
         self.left_levels.fit(inputs[0])
@@ -260,53 +395,6 @@ class BinaryAttention(nn.Module):
         probabilities = scores.softmax(-1)
         kept = F.dropout(probabilities, dropout, self.training)
         return self.context(kept, value), probabilities
-
-
-class RoundedEmbedding(nn.Embedding):
-    """A table whose rows are rounded when they are looked up, with a straight-through gradient: base of two kinds."""
-
-    @classmethod
-    def from_float(cls, embedding: nn.Embedding) -> "RoundedEmbedding":
-        """A rounded table that takes over the float table's parameter."""
-        size = (embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx)
-        new = cls(*size, device="meta", dtype=embedding.weight.dtype)
-        new.weight = embedding.weight
-        return new.train(embedding.training)
-
-    @staticmethod
-    def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Integers `(..., dim)` and a scale per row `(...)`, whose product is the rounded rows."""
-        raise NotImplementedError("RoundedEmbedding is a base class: use Int8Embedding or BinaryEmbedding")
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = F.embedding(ids, self.weight, self.padding_idx)
-        integers, scale = self.quantize(rows.detach())
-        return straight_through((integers.float() * scale.float().unsqueeze(-1)).to(rows.dtype), rows)
-
-
-class Int8Embedding(RoundedEmbedding):
-    """ids `(...)` to rows `(..., dim)` of 255 levels, one float32 scale per row: the row's largest |w| over 127.
-
-    >>> Int8Embedding(10, 4)(torch.tensor([1, 2])).shape
-    torch.Size([2, 4])
-    """
-
-    @staticmethod
-    def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scale = (rows.float().abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        return (rows.float() / scale.unsqueeze(-1)).round_().to(torch.int8), scale
-
-
-class BinaryEmbedding(RoundedEmbedding):
-    """ids `(...)` to rows `(..., dim)` of +-1 times the row's mean |w| (BiT, arXiv 2205.13016), held in float16.
-
-    >>> BinaryEmbedding(10, 4)(torch.tensor([1, 2])).shape
-    torch.Size([2, 4])
-    """
-
-    @staticmethod
-    def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return sign_int8(rows), rows.float().abs().mean(-1).half()
 
 
 def binary_layers(model: nn.Module) -> list[BinaryLayer]:

@@ -1,19 +1,81 @@
 """Inference layers: the bits of the weights under the key `weight`, and one scale per output channel."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import channel_scale, clipped_sign, pack_bits, unpack_bits
-from .layers import BinaryEmbedding, BinaryLinear, Int8Embedding, rescale, sign_linear
+from .embeddings import BinaryEmbedding, Int8Embedding
+from .functional import clipped_sign, pack_bits, unpack_bits
+from .layers import BinaryConv2d, BinaryLinear, WeightedLayer, rescale, sign_product
 from .levels import SignedLevels
+from .products import Conv2dProduct, LinearProduct
 
 
-class PackedLinear(nn.Linear):
+class _PackedWeight(nn.Module):
+    """What both packed layers share. Comes before the float layer whose place they take."""
+
+    product: LinearProduct | Conv2dProduct
+
+    def hold(
+        self,
+        bytes_shape: tuple[int, ...],
+        bias: bool,
+        levels: SignedLevels | None,
+        binary_inputs: bool,
+        weight_scaling: str,
+        device: torch.device | str | None,
+    ) -> None:
+        """Register the bits, the scales and the bias, all of them still to be loaded."""
+        self.binary_inputs, self.weight_scaling = binary_inputs, weight_scaling
+        self.input_levels = SignedLevels() if levels is None else levels
+        out = bytes_shape[0]
+        self.register_buffer("weight", torch.zeros(bytes_shape, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.zeros(out, device=device))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out, device=device)) if bias else None)
+
+    @classmethod
+    def empty_like(cls, layer: WeightedLayer) -> "_PackedWeight":
+        """The packed form of `layer`, its bits still to be loaded."""
+        structure = (layer.input_levels, layer.binarize == "both", layer.weight_scaling, layer.weight.device)
+        new = cls(*cls.geometry(layer), layer.bias is not None, *structure)
+        new.bias = layer.bias
+        return new
+
+    @classmethod
+    def from_latent(cls, layer: WeightedLayer) -> "_PackedWeight":
+        new = cls.empty_like(layer)
+        new.weight.copy_(new.pack(layer.weight))
+        new.weight_scale.copy_(layer.scale())
+        return new
+
+    def to_latent(self) -> WeightedLayer:
+        """A trainable layer whose latent weights are the signs times their scale."""
+        binarize = "both" if self.binary_inputs else "weights"
+        structure = (self.bias is not None, binarize, self.input_levels, self.weight_scaling)
+        layer = self.latent(*self.geometry(self), *structure)
+        signs = self.signs()
+        layer.weight = nn.Parameter(signs * self.weight_scale.view(-1, *[1] * (signs.dim() - 1)))
+        layer.bias = self.bias
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        signs, product = self.signs(), self.product
+        if torch.is_grad_enabled() and (x.requires_grad or self.training):
+            inputs = clipped_sign(self.input_levels.normalize(x)) if self.binary_inputs else x
+            total = product.weight_sum(signs, x) if self.input_levels.shifted else None
+            bias = None if self.bias is None else product.per_channel(self.bias)
+            scale = product.per_channel(self.weight_scale)
+            return rescale(product(inputs, signs.to(inputs.dtype)), scale, total, self.input_levels, bias).to(x.dtype)
+        return sign_product(product, x, signs, self.weight_scale, self.input_levels, self.bias, self.binary_inputs)
+
+
+class PackedLinear(_PackedWeight, nn.Linear):
     """`(..., in) -> (..., out)` from one bit per weight: uint8 `(out, ceil(in / 8))`, bit 1 = negative.
 
     A gradient asked of the input (an adapter in an earlier layer learns) is the straight-through estimator's.
     """
+
+    product = LinearProduct()
+    latent = BinaryLinear
 
     def __init__(
         self,
@@ -22,51 +84,79 @@ class PackedLinear(nn.Linear):
         bias: bool = True,
         levels: SignedLevels | None = None,
         binary_inputs: bool = True,
+        weight_scaling: str = "channel",
         device: torch.device | str | None = None,
     ):
         nn.Module.__init__(self)  # not nn.Linear's: it would register a float parameter under `weight`
         self.in_features, self.out_features = in_features, out_features
-        self.binary_inputs = binary_inputs
-        self.input_levels = SignedLevels() if levels is None else levels
         shape = (out_features, -(-in_features // 8))
-        self.register_buffer("weight", torch.zeros(shape, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_scale", torch.zeros(out_features, device=device))
-        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, device=device)) if bias else None)
+        self.hold(shape, bias, levels, binary_inputs, weight_scaling, device)
 
-    @classmethod
-    def empty_like(cls, layer: BinaryLinear) -> "PackedLinear":
-        """The packed form of `layer`, its bits still to be loaded."""
-        size = (layer.in_features, layer.out_features, layer.bias is not None)
-        new = cls(*size, layer.input_levels, layer.binarize == "both", layer.weight.device)
-        new.bias = layer.bias
-        return new
+    @staticmethod
+    def geometry(layer: nn.Linear) -> tuple[int, int]:
+        return layer.in_features, layer.out_features
 
-    @classmethod
-    def from_latent(cls, layer: BinaryLinear) -> "PackedLinear":
-        new = cls.empty_like(layer)
-        new.weight.copy_(pack_bits(layer.weight))
-        new.weight_scale.copy_(channel_scale(layer.weight))
-        return new
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        return pack_bits(weight)
 
-    def to_latent(self) -> BinaryLinear:
-        """A trainable layer whose latent weights are the signs times their scale."""
-        size = (self.in_features, self.out_features, self.bias is not None)
-        layer = BinaryLinear(*size, "both" if self.binary_inputs else "weights", self.input_levels)
-        layer.weight = nn.Parameter(unpack_bits(self.weight, self.in_features) * self.weight_scale.unsqueeze(-1))
-        layer.bias = self.bias
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        signs = unpack_bits(self.weight, self.in_features)
-        if torch.is_grad_enabled() and (x.requires_grad or self.training):
-            inputs = clipped_sign(self.input_levels.normalize(x)) if self.binary_inputs else x
-            product = F.linear(inputs, signs.to(inputs.dtype))
-            total = signs.sum(1, dtype=torch.float32)
-            return rescale(product, self.weight_scale, total, self.input_levels, self.bias).to(x.dtype)
-        return sign_linear(x, signs, self.weight_scale, self.input_levels, self.bias, self.binary_inputs)
+    def signs(self) -> Tensor:
+        """The weights' signs, int8 `(out, in)`."""
+        return unpack_bits(self.weight, self.in_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class PackedConv2d(_PackedWeight, nn.Conv2d):
+    """`(N, in, H, W) -> (N, out, H', W')` from one bit per weight, bit 1 = negative.
+
+    The bits run along the input channels: uint8 `(out, ceil(in / groups / 8), kh, kw)`. Gradients as in PackedLinear.
+    """
+
+    latent = BinaryConv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+        bias: bool = True,
+        levels: SignedLevels | None = None,
+        binary_inputs: bool = True,
+        weight_scaling: str = "channel",
+        device: torch.device | str | None = None,
+    ):
+        nn.Module.__init__(self)  # not nn.Conv2d's: it would register a float parameter under `weight`
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.padding_mode, self.transposed, self.output_padding = "zeros", False, (0, 0)
+        shape = (out_channels, -(-in_channels // groups // 8), *kernel_size)
+        self.hold(shape, bias, levels, binary_inputs, weight_scaling, device)
+
+    @staticmethod
+    def geometry(layer: nn.Conv2d) -> tuple:
+        size = (layer.in_channels, layer.out_channels, layer.kernel_size)
+        return *size, layer.stride, layer.padding, layer.dilation, layer.groups
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        rows = weight.permute(0, 2, 3, 1)
+        return pack_bits(rows.flatten(0, 2)).view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
+
+    def signs(self) -> Tensor:
+        """The weights' signs, int8 `(out, in / groups, kh, kw)`."""
+        rows = self.weight.permute(0, 2, 3, 1)
+        signs = unpack_bits(rows.flatten(0, 2), self.in_channels // self.groups)
+        return signs.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
+
+    @property
+    def product(self) -> Conv2dProduct:
+        return Conv2dProduct(self.stride, self.padding, self.dilation, self.groups)
 
 
 class _PackedEmbedding(nn.Embedding):
@@ -157,6 +247,7 @@ def _latent_table(packed: _PackedEmbedding, cls: type) -> nn.Embedding:
 
 PACKED = {
     BinaryLinear: PackedLinear,
+    BinaryConv2d: PackedConv2d,
     Int8Embedding: PackedInt8Embedding,
     BinaryEmbedding: PackedBinaryEmbedding,
 }

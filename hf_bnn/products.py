@@ -1,10 +1,12 @@
-"""The linear operators that binary layers run, with their two adjoints: what a method needs to build a gradient."""
+"""The linear operators that binary layers run: on floats, exactly on signs, and their adjoints, for methods to use."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .functional import exactly, integer_conv2d, integer_product
 
 
 class LinearProduct(NamedTuple):
@@ -15,6 +17,18 @@ class LinearProduct(NamedTuple):
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
+
+    def of_signs(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The exact product of int8 signs, as float32."""
+        return integer_product(x, weight)
+
+    def weight_sum(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The sum of the weights that each output for `x` sees, in a shape that broadcasts to the output's."""
+        return weight.sum(1, dtype=torch.float32)
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """One value per output channel, `(out,)`, in a shape that broadcasts to the output's."""
+        return values
 
     def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         return grad @ weight
@@ -40,7 +54,20 @@ class Conv2dProduct(NamedTuple):
         return (x.shape[0], weight_shape[0], *size)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, weight, None, *self)
+
+    def of_signs(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The exact product of int8 signs, as float32."""
+        return integer_conv2d(x, weight, *self)
+
+    def weight_sum(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The sum of the weights that each output for `x` sees: fewer at the border. `(out, H', W')`, float32."""
+        with exactly(x.device):
+            return F.conv2d(torch.ones_like(x[:1], dtype=torch.float32), weight.float(), None, *self)[0]
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """One value per output channel, `(out,)`, in a shape that broadcasts to the output's."""
+        return values.view(-1, 1, 1)
 
     def _adjoint(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]):
         geometry = (list(self.stride), list(self.padding), list(self.dilation), False, [0, 0], self.groups)

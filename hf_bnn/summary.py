@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .layers import BinaryLinear
-from .packed import PackedLinear
+from .layers import BinaryLayer
+from .packed import PACKED, PackedConv2d, PackedLinear
 
 
 class Summary(NamedTuple):
@@ -37,20 +37,23 @@ def summary(model: nn.Module) -> Summary:
     """
     binary = bits = scales = 0
     for module in model.modules():
-        latent = isinstance(module, BinaryLinear) and module.binarize != "activations"
-        if latent or isinstance(module, PackedLinear):
-            binary += module.in_features * module.out_features
-            bits += module.out_features * -(-module.in_features // 8)
-            scales += module.out_features * 4
+        if isinstance(module, PackedLinear | PackedConv2d):
+            binary += module.signs().numel()
+            bits += module.weight.numel()
+            scales += 4 * module.weight_scale.numel()
+        elif isinstance(module, BinaryLayer) and module.binary_weight:
+            binary += module.weight.numel()
+            bits += PACKED[type(module)].pack(module.weight).numel()
+            scales += 4 * module.weight.shape[0]
     return Summary(_weights(model), binary, 4 * binary, bits, bits + scales)
 
 
 def _weights(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
-        if isinstance(module, PackedLinear):
-            count += module.in_features * module.out_features
-            count += 0 if module.bias is None else module.out_features
+        if isinstance(module, PackedLinear | PackedConv2d):
+            count += module.signs().numel()
+            count += 0 if module.bias is None else module.bias.numel()
         elif isinstance(module, nn.Embedding):
             count += module.num_embeddings * module.embedding_dim
         elif not type(module).__module__.startswith(("hf_bnn.methods", "hf_bnn.levels")):

@@ -27,6 +27,7 @@ from .packed import is_packed
 from .training import (
     begin_step,
     end_backward,
+    hook_optimizer,
     load_method_state,
     method_state,
     method_state_names,
@@ -133,6 +134,7 @@ class BinaryTrainer(CheckedTrainer):
         self.teacher = teacher_model
         self.teacher_cache = TeacherCache(args.teacher_cache_gb * 2**30)
         self._writing_checkpoint = False
+        self._hooked: torch.optim.Optimizer | None = None
         super().__init__(model, args, *positional, **kwargs)
         # Trap: BERT's and ResNet's heads take **kwargs but ignore num_items_in_batch; believed, they would be
         # trained with the gradient times the accumulation steps, and with the loss times the processes.
@@ -181,6 +183,9 @@ class BinaryTrainer(CheckedTrainer):
                 self.args.levels_learning_rate_multiplier,
                 self.args.aux_learning_rate_multiplier,
             )
+        if self._hooked is not self.optimizer:
+            hook_optimizer(self.bare_model, self.optimizer, self.method)
+            self._hooked = self.optimizer
         return self.optimizer
 
     # The loss

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers import BinaryLayer, BinaryLinear, binary_layers
+from .layers import BinaryLayer, binary_layers
 from .levels import SignedLevels
 
 if TYPE_CHECKING:
-    from .methods.base import Part, Step
+    from .methods.base import Method, Part, Step
 
 
 def parts(model: nn.Module) -> Iterator[tuple[str, BinaryLayer, Part]]:
@@ -33,6 +33,12 @@ def end_backward(model: nn.Module, step: Step) -> None:
     """After the last backward of an optimizer step, before the optimizer's."""
     for _, layer, part in parts(model):
         part.end_backward(layer, step)
+
+
+def hook_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method) -> None:
+    """Let `method`, which is installed in `model`, hook into the optimizer's steps. Once per optimizer, before any."""
+    layers = [layer for layer in binary_layers(model) if layer.binary_weight]
+    method.optimizer_hook(optimizer, [(layer.weight_binarizer.site, layer) for layer in layers])
 
 
 def statistics(model: nn.Module) -> dict[str, float]:
@@ -57,7 +63,7 @@ def parameter_roles(model: nn.Module) -> ParameterRoles:
     """Which parameters are latent, levels, the method's own, or plain float."""
     role: dict[nn.Parameter, str] = {}
     for layer in binary_layers(model):
-        if isinstance(layer, BinaryLinear) and layer.binarize != "activations":
+        if layer.binary_weight:
             role[layer.weight] = "latent"
     for module in model.modules():
         if isinstance(module, SignedLevels):

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, RobertaConfig
 
 from hf_bnn import BinaryBertConfig, BinaryBertForSequenceClassification, pack_, summary
-from hf_bnn.layers import BinaryEmbedding, BinaryLinear, BinaryMatmul, Int8Embedding, binary_layers
+from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
+from hf_bnn.layers import BinaryLinear, BinaryMatmul, binary_layers
 from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 from hf_bnn.packed import PackedLinear
 
@@ -110,7 +111,7 @@ def test_a_wrong_choice_is_refused_with_the_right_ones(field):
 
 def test_a_skip_list_that_leaves_nothing_is_refused():
     with pytest.raises(
-        ValueError, match=r"nothing to binarize: no layer outside skip=\('\*',\) is one of \['Linear'\]"
+        ValueError, match=r"nothing to binarize: no layer outside skip=\('\*',\) is one of \['Linear', 'Conv2d'\]"
     ):
         tiny_model(skip=["*"])
 

@@ -8,7 +8,7 @@ import torch
 from tiny import EVERY_METHOD, NETS, make_net, method_id, optimizer_of, train_steps
 
 from hf_bnn import pack_
-from hf_bnn.layers import BinaryLinear, binary_layers
+from hf_bnn.layers import binary_layers
 from hf_bnn.methods import METHODS, STE, Method, method_from_dict
 from hf_bnn.training import load_method_state, method_state, method_state_names, parameter_roles
 
@@ -47,7 +47,7 @@ def test_a_method_never_changes_what_evaluation_computes(method: Method, kind: s
 @every_method
 def test_packed_equals_eval_bit_for_bit(method: Method, kind: str):
     net = make_net(kind, method)
-    train_steps(net, optimizer_of(net.model), range(3))
+    train_steps(net, optimizer_of(net), range(3))
     net.model.eval()
     with torch.no_grad():
         latent = net.output()
@@ -68,9 +68,9 @@ def test_packed_keys_are_the_same_for_every_method(method: Method, kind: str):
 @every_method
 def test_training_moves_every_latent_weight_and_lowers_the_loss(method: Method, kind: str):
     net = make_net(kind, method)
-    latent = [layer for layer in binary_layers(net.model) if isinstance(layer, BinaryLinear)]
+    latent = [layer for layer in binary_layers(net.model) if layer.binary_weight]
     before = [layer.weight.detach().clone() for layer in latent]
-    losses = train_steps(net, optimizer_of(net.model), range(20))
+    losses = train_steps(net, optimizer_of(net), range(20))
     assert losses[-1] < 0.5 * losses[0]
     assert not [i for i, layer in enumerate(latent) if torch.equal(layer.weight, before[i])]
 
@@ -88,7 +88,7 @@ def test_every_parameter_has_exactly_one_role(method: Method, kind: str):
 @every_method
 def test_a_state_dict_resumes_bit_for_bit(method: Method, kind: str):
     net = make_net(kind, method)
-    optimizer = optimizer_of(net.model)
+    optimizer = optimizer_of(net)
     train_steps(net, optimizer, range(3))
     checkpoint = copy.deepcopy((net.model.state_dict(), optimizer.state_dict()))
     losses = train_steps(net, optimizer, range(3, 5))
@@ -96,7 +96,7 @@ def test_a_state_dict_resumes_bit_for_bit(method: Method, kind: str):
     resumed = make_net(kind, method)
     scramble(resumed.model)
     resumed.model.load_state_dict(checkpoint[0])
-    other_optimizer = optimizer_of(resumed.model)
+    other_optimizer = optimizer_of(resumed)
     other_optimizer.load_state_dict(checkpoint[1])
     assert train_steps(resumed, other_optimizer, range(3, 5)) == losses
     assert same(resumed.model.state_dict(), net.model.state_dict())
@@ -106,18 +106,18 @@ def test_a_state_dict_resumes_bit_for_bit(method: Method, kind: str):
 @every_method
 def test_the_model_and_the_methods_state_resume_when_saved_apart(method: Method, kind: str):
     net = make_net(kind, method)
-    train_steps(net, optimizer_of(net.model), range(3))
+    train_steps(net, optimizer_of(net), range(3))
     own = method_state_names(net.model)
     weights = {key: value.clone() for key, value in net.model.state_dict().items() if key not in own}
     state = {key: value.clone() for key, value in method_state(net.model).items()}
-    losses = train_steps(net, optimizer_of(net.model), range(3, 5))
+    losses = train_steps(net, optimizer_of(net), range(3, 5))
 
     resumed = make_net(kind, method)
     scramble(resumed.model)
     found = resumed.model.load_state_dict(weights, strict=False)
     assert (found.missing_keys, found.unexpected_keys) == (own, [])
     load_method_state(resumed.model, state)
-    assert train_steps(resumed, optimizer_of(resumed.model), range(3, 5)) == losses
+    assert train_steps(resumed, optimizer_of(resumed), range(3, 5)) == losses
 
 
 def scramble(model: torch.nn.Module) -> None:
@@ -162,9 +162,9 @@ def test_a_copied_model_learns_alike_and_leaves_the_original_alone(method: Metho
     net = make_net(kind, method)
     twin = net._replace(model=copy.deepcopy(net.model))
     before = copy.deepcopy(net.model.state_dict())
-    losses = train_steps(twin, optimizer_of(twin.model), range(3))
+    losses = train_steps(twin, optimizer_of(twin), range(3))
     assert same(net.model.state_dict(), before)
-    assert train_steps(net, optimizer_of(net.model), range(3)) == losses
+    assert train_steps(net, optimizer_of(net), range(3)) == losses
     assert same(net.model.state_dict(), twin.model.state_dict())
 
 

@@ -75,7 +75,7 @@ def test_subclasses_of_linear_are_left_alone():
 
 def test_nothing_to_binarize_is_an_error_that_names_the_patterns():
     with pytest.raises(
-        ValueError, match=r"nothing to binarize: no layer outside skip=\('\*',\) is one of \['Linear'\]"
+        ValueError, match=r"nothing to binarize: no layer outside skip=\('\*',\) is one of \['Linear', 'Conv2d'\]"
     ):
         binarize_(net(), skip=["*"])
     with pytest.raises(ValueError, match="nothing to binarize"):
@@ -228,7 +228,7 @@ def test_an_unpacked_model_computes_the_same_and_can_be_trained():
         unpack_(tiny.model)
         torch.testing.assert_close(tiny.output(), expected)
     tiny.model.train()
-    losses = train_steps(tiny, optimizer_of(tiny.model), range(10))
+    losses = train_steps(tiny, optimizer_of(tiny), range(10))
     assert losses[-1] < losses[0]
 
 

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from hf_bnn.functional import (
-    channel_scale,
     clipped_gradient,
     clipped_sign,
     exact_matmul,
@@ -16,6 +15,7 @@ from hf_bnn.functional import (
     sign_int8,
     straight_through,
     unpack_bits,
+    weight_scale,
 )
 from hf_bnn.layers import BinaryLinear
 from hf_bnn.packed import PackedLinear
@@ -62,7 +62,7 @@ def test_a_layer_takes_zero_minus_zero_and_nan_for_plus_one_as_input_and_as_weig
     edges = torch.tensor(EDGES).nan_to_num(posinf=5.0, neginf=-5.0)  # a scale must stay finite
     layer.weight.copy_(edges.expand_as(layer.weight))
     ones = torch.ones(len(EDGES))
-    expected = sum(SIGNS_OF_EDGES) * channel_scale(layer.weight)
+    expected = sum(SIGNS_OF_EDGES) * weight_scale(layer.weight)
     assert torch.equal(layer(ones), expected)
     assert torch.equal(PackedLinear.from_latent(layer)(ones), expected)
 
@@ -143,12 +143,12 @@ def test_identity_sign_has_the_gradient_of_the_identity():
 # Scales
 
 
-def test_channel_scale_is_the_mean_magnitude_of_each_output_channel():
+def test_weight_scale_is_the_mean_magnitude_of_each_output_channel():
     weight = torch.randn(6, 4, 3, 3)
     expected = torch.stack([weight[i].abs().sum() / 36 for i in range(6)])
-    torch.testing.assert_close(channel_scale(weight), expected)
-    assert channel_scale(weight.bfloat16()).dtype == torch.float32
-    assert not channel_scale(weight.requires_grad_()).requires_grad
+    torch.testing.assert_close(weight_scale(weight), expected)
+    assert weight_scale(weight.bfloat16()).dtype == torch.float32
+    assert not weight_scale(weight.requires_grad_()).requires_grad
 
 
 # Bits

@@ -17,8 +17,8 @@ from hf_bnn import pack_
 
 PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
-    {"functional", "products", "integrity", "allocator"},
-    {"levels", "methods"},
+    {"functional", "integrity", "allocator"},
+    {"levels", "products", "methods", "embeddings"},
     {"layers"},
     {"packed"},
     {"convert", "summary"},

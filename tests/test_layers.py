@@ -7,15 +7,13 @@ from tiny import tiny_model
 from torch import Tensor, nn
 
 from hf_bnn import binarize_, install_method
+from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding, RoundedEmbedding
 from hf_bnn.layers import (
     BINARIZE,
     BinaryAttention,
-    BinaryEmbedding,
     BinaryLayer,
     BinaryLinear,
     BinaryMatmul,
-    Int8Embedding,
-    RoundedEmbedding,
     binary_layers,
     rescale,
 )

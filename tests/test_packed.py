@@ -11,8 +11,9 @@ from tiny import Net, optimizer_of, tiny_batch, tiny_model, train_steps
 from torch import nn
 
 from hf_bnn import binarize_, pack_, unpack_
-from hf_bnn.functional import channel_scale, unpack_bits
-from hf_bnn.layers import BinaryEmbedding, BinaryLinear, Int8Embedding
+from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
+from hf_bnn.functional import unpack_bits, weight_scale
+from hf_bnn.layers import BinaryLinear
 from hf_bnn.levels import ElasticLevels
 from hf_bnn.packed import PACKED, PackedBinaryEmbedding, PackedInt8Embedding, PackedLinear, is_packed
 
@@ -106,7 +107,7 @@ def test_unpacked_weights_are_the_signs_times_their_scale():
     assert torch.equal(latent.weight, signs * packed.weight_scale.unsqueeze(1))
     assert latent.weight.requires_grad
     assert latent.input_levels is packed.input_levels
-    torch.testing.assert_close(channel_scale(latent.weight), packed.weight_scale)
+    torch.testing.assert_close(weight_scale(latent.weight), packed.weight_scale)
 
 
 def test_a_packed_layer_takes_a_thirtieth_of_the_bytes():
@@ -168,7 +169,7 @@ def test_a_packed_table_has_the_shapes_of_its_latent_one_before_it_is_loaded(kin
 def test_a_packed_bert_equals_its_latent_one_bit_for_bit(embeddings: str, attention: str, binarize: str):
     model = tiny_model(embeddings=embeddings, attention=attention, binarize=binarize)
     net = Net(model, tiny_batch())
-    train_steps(net, optimizer_of(model), range(2))
+    train_steps(net, optimizer_of(net), range(2))
     model.eval()
     with torch.no_grad():
         latent = net.output()
@@ -187,7 +188,7 @@ def test_stock_peft_trains_adapters_on_a_packed_bert_and_nothing_else():
     assert all("lora_" in name or "modules_to_save" in name for name in learned)
 
     net = Net(model, tiny_batch(8))
-    losses = train_steps(net, optimizer_of(model, 0.05), range(15))
+    losses = train_steps(net, optimizer_of(net, 0.05), range(15))
     assert losses[-1] < 0.5 * losses[0]
     after = model.get_base_model().state_dict()
     for key, value in before.items():

@@ -23,7 +23,7 @@ from hf_bnn import binarize_, install_method
 from hf_bnn.functional import clipped_sign, identity_sign
 from hf_bnn.layers import BinaryLinear
 from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
-from hf_bnn.methods import STE, ApproxSign, Method, Site, Step, Surge
+from hf_bnn.methods import STE, ApproxSign, Method, Step, Surge
 from hf_bnn.methods.surge import AUX, AuxiliaryBranch
 from hf_bnn.products import Conv2dProduct, LinearProduct
 from hf_bnn.training import begin_step, parameter_roles, split_groups, statistics
@@ -362,7 +362,7 @@ def test_a_saved_model_has_no_branch_weights(tmp_path: Path):
 
 def test_a_training_checkpoint_resumes_with_its_branch_weights_bit_for_bit(tmp_path: Path):
     net = make_net("linear", Surge())
-    optimizer = optimizer_of(net.model)
+    optimizer = optimizer_of(net)
     train_steps(net, optimizer, range(3))
     torch.save((net.model.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint.pt")
     losses = train_steps(net, optimizer, range(3, 5))
@@ -370,7 +370,7 @@ def test_a_training_checkpoint_resumes_with_its_branch_weights_bit_for_bit(tmp_p
     resumed = make_net("linear", Surge())
     weights, moments = torch.load(tmp_path / "checkpoint.pt")
     resumed.model.load_state_dict(weights)
-    other = optimizer_of(resumed.model)
+    other = optimizer_of(resumed)
     other.load_state_dict(moments)
     assert train_steps(resumed, other, range(3, 5)) == losses
     expected = net.model.state_dict()
@@ -428,7 +428,7 @@ def test_under_autocast_the_output_is_the_base_operators_and_the_gradients_are_c
 def test_a_model_trains_under_autocast(aux: str):
     net = make_net("bert", Surge(aux=aux, rank=4))
     net.model.forward = torch.autocast("cpu", torch.bfloat16)(net.model.forward)
-    losses = train_steps(net, optimizer_of(net.model), range(10))
+    losses = train_steps(net, optimizer_of(net), range(10))
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -436,7 +436,7 @@ def test_a_scaled_loss_gives_the_same_step():
     plain, scaled = make_net("linear", Surge()), make_net("linear", Surge())
     plain.loss().backward()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    optimizer = optimizer_of(scaled.model)
+    optimizer = optimizer_of(scaled)
     scaler.scale(scaled.loss()).backward()
     scaler.unscale_(optimizer)
     for found, expected in zip(scaled.model.parameters(), plain.model.parameters(), strict=True):
@@ -447,7 +447,7 @@ def test_a_scaled_loss_gives_the_same_step():
 def test_an_overflown_loss_is_noticed_by_the_scaler(aux: str):
     net = make_net("linear", Surge(aux=aux, rank=4))
     before = copy.deepcopy(net.model.state_dict())
-    optimizer = optimizer_of(net.model)
+    optimizer = optimizer_of(net)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(net.loss() * float("inf")).backward()
     scaler.step(optimizer)
@@ -676,9 +676,21 @@ def test_a_bad_setting_is_named_with_what_was_expected(arguments: dict, message:
         Surge(**arguments)
 
 
-def test_lowrank_refuses_a_convolution():
-    with pytest.raises(ValueError, match="takes linear layers only, not a weight of shape"):
-        Surge(aux="lowrank").around(Site(0, 1, (6, 4, 3, 3)), CASES["conv"].operator())
+@pytest.mark.parametrize("name", ["conv strided", "conv grouped"])
+def test_lowrank_kernels_have_the_gradients_of_their_product(name: str):
+    case = CASES[name]
+    operator = case.operator().double()
+    left, right = torch.randn(6, 3).double(), torch.randn(3, operator.weight[0].numel()).double()
+    operator.branch = AuxiliaryBranch(operator, ETA, (left, right))
+    x, G = case.tensors(operator, torch.float64)
+    operator(x).backward(G)
+    dense = case.operator().double()
+    dense.weight = operator.weight
+    dense.branch = AuxiliaryBranch(dense, ETA, ((left @ right).view_as(operator.weight),))
+    expected = run(dense, x, G)
+    torch.testing.assert_close(x.grad, expected.x)
+    torch.testing.assert_close(operator.branch.aux[0].grad, expected.aux.flatten(1) @ right.t())
+    torch.testing.assert_close(operator.branch.aux[1].grad, left.t() @ expected.aux.flatten(1))
 
 
 def test_the_lowrank_factors_are_the_same_on_every_rank_and_draw_nothing():

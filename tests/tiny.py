@@ -9,8 +9,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_bnn import BinaryBertConfig, BinaryBertForSequenceClassification, binarize_, install_method
 from hf_bnn.layers import BinaryAttention
+from hf_bnn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.methods import METHODS, Method, Step, Surge
-from hf_bnn.training import begin_step, end_backward
+from hf_bnn.training import begin_step, end_backward, hook_optimizer
 
 SIZE = {
     "vocab_size": 64,
@@ -88,6 +89,7 @@ class Net(NamedTuple):
 
     model: nn.Module
     batch: dict[str, Tensor]
+    method: Method = Method()
 
     def output(self) -> Tensor:
         """The logits."""
@@ -101,7 +103,7 @@ class Net(NamedTuple):
         """The same network, with the first and with the second half of its batch."""
         size = len(self.batch["labels"]) // 2
         for start in (0, size):
-            yield Net(self.model, {key: value[start : start + size] for key, value in self.batch.items()})
+            yield self._replace(batch={key: value[start : start + size] for key, value in self.batch.items()})
 
 
 def _vectors(*shape: int) -> dict[str, Tensor]:
@@ -118,11 +120,36 @@ def matmul_net() -> Net:
     return Net(binarize_(TinyAttention(), skip=("stem", "head")), _vectors(8, 5))
 
 
+class TinyConvNet(nn.Sequential):
+    """`(N, 3, 6, 6) -> (N, 3)`: a float first and last layer; binary convolutions with a stride, padding and groups."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 12, 3, padding=1),
+            nn.GroupNorm(4, 12),
+            nn.Conv2d(12, 12, 3, padding=1, groups=2),
+            nn.GroupNorm(4, 12),
+            nn.Conv2d(12, 16, 3, stride=2, padding=1, bias=False),
+            nn.GroupNorm(4, 16),
+            nn.Flatten(2),
+            nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(),
+            nn.Linear(16, 3),
+        )
+
+
+def conv2d_net() -> Net:
+    levels = {"2": UnsignedLevels, "4": ElasticLevels}
+    model = binarize_(TinyConvNet(), skip=("0", "9"), levels=lambda name: levels[name]())
+    x = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    return Net(model, {"x": x, "labels": x.mean((2, 3)).argmax(1)})
+
+
 def bert_net() -> Net:
     return Net(tiny_model(num_hidden_layers=1), tiny_batch(8))
 
 
-NETS = {"linear": linear_net, "matmul": matmul_net, "bert": bert_net}
+NETS = {"linear": linear_net, "conv2d": conv2d_net, "matmul": matmul_net, "bert": bert_net}
 
 
 def make_net(kind: str, method: Method) -> Net:
@@ -131,12 +158,14 @@ def make_net(kind: str, method: Method) -> Net:
     net = NETS[kind]()
     install_method(net.model, method)
     net.model.train()
-    return net
+    return net._replace(method=method)
 
 
-def optimizer_of(model: nn.Module, lr: float = 0.01) -> torch.optim.Optimizer:
-    """An AdamW over all that learns."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.0)
+def optimizer_of(net: Net, lr: float = 0.01) -> torch.optim.Optimizer:
+    """An AdamW over all that learns, with the method's hook."""
+    optimizer = torch.optim.AdamW([p for p in net.model.parameters() if p.requires_grad], lr, weight_decay=0.0)
+    hook_optimizer(net.model, optimizer, net.method)
+    return optimizer
 
 
 def train_steps(net: Net, optimizer: torch.optim.Optimizer, steps: range, log: bool = False) -> list[float]:

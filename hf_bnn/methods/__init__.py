@@ -4,14 +4,28 @@ from dataclasses import fields
 from typing import Any
 
 from .approx_sign import ApproxSign
-from .base import Method, Part, Site, Step
+from .base import Method, Part, Place, Site, Step
+from .combined import Combined
 from .surge import Surge
 
 STE = Method
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (STE, ApproxSign, Surge)}
 
-__all__ = ["METHODS", "STE", "ApproxSign", "Method", "Part", "Site", "Step", "Surge", "make_method", "method_from_dict"]
+__all__ = [
+    "METHODS",
+    "STE",
+    "ApproxSign",
+    "Combined",
+    "Method",
+    "Part",
+    "Place",
+    "Site",
+    "Step",
+    "Surge",
+    "make_method",
+    "method_from_dict",
+]
 
 
 def _lookup(name: str) -> type[Method]:
@@ -25,6 +39,8 @@ def method_from_dict(spec: dict[str, Any]) -> Method:
     arguments = {key: value for key, value in spec.items() if key != "name"}
     if "name" not in spec:
         raise ValueError(f"a method's dict needs its 'name', one of {', '.join(METHODS)}; got {spec}")
+    if "methods" in arguments:
+        return Combined(methods=tuple(method_from_dict(member) for member in arguments["methods"]))
     cls = _lookup(spec["name"])
     known = [field.name for field in fields(cls)]
     unknown = arguments.keys() - set(known)
@@ -36,11 +52,34 @@ def method_from_dict(spec: dict[str, Any]) -> Method:
 
 
 def make_method(name: str, arguments: str | None = None) -> Method:
-    """The method called `name` with arguments as on the command line: `make_method("surge", "eta=0.1,aux=shared")`."""
-    pairs = {}
+    """The method called `name` with arguments as on the command line: `make_method("surge", "eta=0.1,aux=shared")`.
+
+    A sum of methods is joined by +. An argument that several of them have is then written with the method's name:
+    `make_method("stompp+surge", "order=reverse,surge.clip=2")`.
+    """
+    classes = [_lookup(part) for part in name.replace(" ", "").split("+")]
+    pairs: dict[type[Method], dict[str, str]] = {cls: {} for cls in classes}
     for item in filter(None, (arguments or "").replace(" ", "").split(",")):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"method_args has {item!r}: expected key=value pairs separated by commas")
-        pairs[key] = value
-    return _lookup(name).from_strings(pairs)
+        cls, key = _addressee(classes, key)
+        pairs[cls][key] = value
+    methods = tuple(cls.from_strings(pairs[cls]) for cls in classes)
+    return methods[0] if len(methods) == 1 else Combined(methods=methods)
+
+
+def _addressee(classes: list[type[Method]], key: str) -> tuple[type[Method], str]:
+    """Which of the methods an argument is for, and its name there."""
+    prefix, dot, plain = key.rpartition(".")
+    if dot:
+        named = [cls for cls in classes if cls.name == prefix]
+        if not named:
+            names = ", ".join(cls.name for cls in classes)
+            raise ValueError(f"method_args has {key!r}: expected the name of one of {names} before the dot")
+        return named[0], plain
+    knowing = [cls for cls in classes if plain in {field.name for field in fields(cls)}]
+    if len(knowing) > 1:
+        ways = " or ".join(f"{cls.name}.{plain}" for cls in knowing)
+        raise ValueError(f"method_args has {plain!r}, which several of the methods have: write {ways}")
+    return (knowing or classes)[0], plain

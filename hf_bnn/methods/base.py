@@ -4,9 +4,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import clipped_sign, identity_sign
+
+SLOTS = ("weight_binarizer", "input_binarizer", "around", "optimizer_hook")
+
+
+class Place(NamedTuple):
+    """Number `index` of `count`, in forward order."""
+
+    index: int
+    count: int
 
 
 class Site(NamedTuple):
@@ -15,6 +25,9 @@ class Site(NamedTuple):
     index: int
     count: int
     weight_shape: tuple[int, ...] | None = None  # None: a product of two activations
+    weight_scaling: str = "channel"  # of the layer: channel | layer | none
+    group: Place | None = None  # among the groups of layers that read the same tensor; None: each layer its own
+    block: Place | None = None  # among the blocks (a transformer layer, a residual block); None: each layer its own
 
 
 class Step(NamedTuple):
@@ -27,7 +40,12 @@ class Step(NamedTuple):
 
 
 class Part(nn.Module):
-    """Base of everything a method puts into a layer. All its state is in parameters and buffers."""
+    """Base of everything a method puts into a layer. All its state is in parameters and buffers.
+
+    `site` is set when the part is put into its layer, and again when the order of execution becomes known.
+    """
+
+    site: Site | None = None
 
     def begin_step(self, layer: nn.Module, step: Step) -> None:
         """Before the first forward of an optimizer step."""
@@ -38,6 +56,10 @@ class Part(nn.Module):
     def statistics(self) -> dict[str, float]:
         """What the part recorded in the last logged step, by name."""
         return {}
+
+    def binary_fraction(self) -> float:
+        """How much of what the part puts out in training is binary, 0 to 1: below 1 it has not finished its work."""
+        return 1.0
 
 
 class ClippedSign(Part):
@@ -95,6 +117,19 @@ class Method:
     def around(self, site: Site, layer: nn.Module) -> Part:
         """What runs the layer's binary operator. `layer.product` is its linear operator; None between activations."""
         return Direct()
+
+    def optimizer_hook(self, optimizer: torch.optim.Optimizer, layers: list[tuple[Site, nn.Module]]) -> None:
+        """Hook into the steps of `optimizer`. `layers`: those with binary weights, in forward order."""
+
+    def claims(self) -> frozenset[str]:
+        """The slots that this method fills with something of its own; the others hold what STE puts there."""
+        return frozenset(slot for slot in SLOTS if getattr(type(self), slot) is not getattr(Method, slot))
+
+    def __add__(self, other: "Method") -> "Method":
+        """Both methods at once, each in the slots that it claims. Raises ValueError if both claim the same one."""
+        from .combined import Combined
+
+        return Combined((self, other))
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}

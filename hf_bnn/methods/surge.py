@@ -34,7 +34,7 @@ class _Open(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, product, weight_shape, output_dtype, eta, record, *aux):
         ctx.save_for_backward(x, *aux)
-        ctx.product, ctx.eta, ctx.record = product, eta, record
+        ctx.product, ctx.weight_shape, ctx.eta, ctx.record = product, weight_shape, eta, record
         ctx.set_materialize_grads(False)
         token = torch.zeros((), dtype=output_dtype, device=x.device)
         return x.view_as(x), token.expand(product.output_shape(x, weight_shape))
@@ -48,8 +48,13 @@ class _Open(torch.autograd.Function):
             # Zeros, not None: a distributed reducer waits for every parameter that took part in the forward pass.
             return main, *nothing, *(torch.zeros_like(w) for w in aux)
         main = torch.zeros_like(x) if main is None else main
-        branch = _dense if len(aux) == 1 else _lowrank
-        extra, aux_gradients = branch(ctx.product, G, x, [w.to(G.dtype) for w in aux], ctx.needs_input_grad[6:])
+        aux_same = [w.to(G.dtype) for w in aux]
+        if len(aux) == 1:
+            extra, aux_gradients = _dense(ctx.product, G, x, aux_same, ctx.needs_input_grad[6:])
+        elif len(ctx.weight_shape) == 2:
+            extra, aux_gradients = _lowrank(G, x, aux_same)
+        else:
+            extra, aux_gradients = _lowrank_kernels(ctx.product, G, x, aux_same, ctx.weight_shape)
         scale = gradient_scale(ctx.eta, main, extra)
         _record(ctx.record, main, extra, scale)
         aux_gradients = [
@@ -65,12 +70,20 @@ def _dense(product, G: Tensor, x: Tensor, aux: list[Tensor], needed: tuple[bool,
     return extra, [product.grad_weight(G, x.to(G.dtype), aux[0]) if needed[0] else None]
 
 
-def _lowrank(product, G: Tensor, x: Tensor, aux: list[Tensor], needed: tuple[bool, ...]):
+def _lowrank(G: Tensor, x: Tensor, aux: list[Tensor]):
     """The same for W_a = U V, with U `(out, r)`, V `(r, in)`: the full-sized product is never formed."""
     left, right = aux
     inner = G @ left
     rows, narrow = x.reshape(-1, x.shape[-1]).to(G.dtype), inner.reshape(-1, inner.shape[-1])
     return inner @ right, [G.reshape(-1, G.shape[-1]).t() @ (rows @ right.t()), narrow.t() @ rows]
+
+
+def _lowrank_kernels(product, G: Tensor, x: Tensor, aux: list[Tensor], weight_shape: torch.Size):
+    """The same for the kernels of a convolution, V `(r, in * kh * kw)`: fewer parameters, not fewer operations."""
+    left, right = aux
+    extra, (grad,) = _dense(product, G, x, [(left @ right).view(weight_shape)], (True,))
+    grad = grad.flatten(1)
+    return extra, [grad @ right.t(), left.t() @ grad]
 
 
 class _Join(torch.autograd.Function):
@@ -206,9 +219,8 @@ class Surge(Method):
             return AuxiliaryBranch(layer, self.eta, None)
         if self.aux == "own":
             return AuxiliaryBranch(layer, self.eta, (weight.clone(),))
-        if weight.dim() != 2:
-            raise ValueError(f"aux='lowrank' takes linear layers only, not a weight of shape {tuple(weight.shape)}")
-        return AuxiliaryBranch(layer, self.eta, _factors(weight, min(self.rank, *weight.shape), site.index))
+        matrix = weight.flatten(1)
+        return AuxiliaryBranch(layer, self.eta, _factors(matrix, min(self.rank, *matrix.shape), site.index))
 
 
 def _factors(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..convert import empty_packed_, install_method, matches, replace_modules, to_binary_
+from ..embeddings import BinaryEmbedding, Int8Embedding
+from ..functional import WEIGHT_SCALINGS
 from ..integrity import CorruptCheckpointError, file_digest, verify_files
-from ..layers import BINARIZE, BinaryEmbedding, Int8Embedding
+from ..layers import BINARIZE
 from ..levels import ElasticLevels, SignedLevels
 from ..packed import is_packed
 from ..training import method_state_names
@@ -41,6 +43,7 @@ class BinaryConfigFields:
 
     binarize: str = "both"  # both | weights | activations
     levels: str = "elastic"  # of the binary layers' inputs: elastic | signed
+    weight_scaling: str = "channel"  # one scale per output channel, per layer, or none: channel | layer | none
     skip: list[str] | None = None  # patterns of the module names that stay float; None: the family's own
     method: dict[str, Any] | None = None  # a record for the model card: the method that trained the weights
     weight_format: str = "float"  # what the checkpoint holds: float | latent | packed
@@ -51,6 +54,7 @@ class BinaryConfigFields:
         self.model_type = type(self).model_type  # a float checkpoint's config brings its own
         check_choice("binarize", self.binarize, BINARIZE)
         check_choice("levels", self.levels, ("elastic", "signed"))
+        check_choice("weight_scaling", self.weight_scaling, WEIGHT_SCALINGS)
         check_choice("weight_format", self.weight_format, WEIGHT_FORMATS)
 
     @classmethod
@@ -81,7 +85,7 @@ class BinaryModelMixin:
         super().__init__(config, *args, **kwargs)
         self.loaded_format = config.weight_format
         self.replace_embeddings()
-        to_binary_(self, config.skip, config.binarize, self.input_levels)
+        to_binary_(self, config.skip, config.binarize, self.input_levels, config.weight_scaling)
         if config.weight_format == "packed":
             empty_packed_(self)
         else:

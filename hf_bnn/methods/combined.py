@@ -1,0 +1,73 @@
+"""Several methods at once: each slot is filled by the method that claims it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import SLOTS, Method, Part, Site
+
+
+@dataclass(frozen=True)
+class Combined(Method):
+    """A sum of methods, `Stompp() + Surge()`: each slot comes from the one that claims it, else from the first one.
+
+    Raises ValueError if two claim the same slot, or if one is named twice.
+
+    >>> from hf_bnn.methods import ApproxSign, Surge
+    >>> (ApproxSign() + Surge(aux="shared")).name
+    'approx_sign+surge'
+    """
+
+    methods: tuple[Method, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        flat = tuple(_flatten(self.methods))
+        object.__setattr__(self, "methods", flat)
+        if len(flat) < 2:
+            raise ValueError(f"a sum needs at least two methods, got {len(flat)}")
+        names = [method.name for method in flat]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"method {twice[0]!r} is named twice in {self.name!r}")
+        for slot in SLOTS:
+            rivals = [method.name for method in flat if slot in method.claims()]
+            if len(rivals) > 1:
+                raise ValueError(
+                    f"methods {rivals[0]!r} and {rivals[1]!r} cannot be combined: both define the {slot}. "
+                    "Leave one of them out, or set it (method_args) to work elsewhere"
+                )
+
+    @property
+    def name(self) -> str:
+        return "+".join(method.name for method in self.methods)
+
+    def claims(self) -> frozenset[str]:
+        return frozenset().union(*(method.claims() for method in self.methods))
+
+    def owner(self, slot: str) -> Method:
+        """The method that fills `slot`."""
+        return next((method for method in self.methods if slot in method.claims()), self.methods[0])
+
+    def weight_binarizer(self, site: Site) -> Part:
+        return self.owner("weight_binarizer").weight_binarizer(site)
+
+    def input_binarizer(self, site: Site, shape: tuple[int, ...]) -> Part:
+        return self.owner("input_binarizer").input_binarizer(site, shape)
+
+    def around(self, site: Site, layer: nn.Module) -> Part:
+        return self.owner("around").around(site, layer)
+
+    def optimizer_hook(self, optimizer: torch.optim.Optimizer, layers: list[tuple[Site, nn.Module]]) -> None:
+        self.owner("optimizer_hook").optimizer_hook(optimizer, layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "methods": [method.to_dict() for method in self.methods]}
+
+
+def _flatten(methods: tuple[Method, ...]) -> Iterator[Method]:
+    for method in methods:
+        yield from method.methods if isinstance(method, Combined) else (method,)
