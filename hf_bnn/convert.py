@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .layers import BinaryConv2d, BinaryLinear, binary_layers
+from .layers import BinaryConv2d, BinaryLayer, BinaryLinear, binary_layers
 from .levels import ElasticLevels, SignedLevels
 from .packed import PACKED, is_packed
 
 if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
-    from .methods.base import Method
-
+    from .methods.base import Method, Place, Site
 
 BINARY = {nn.Linear: BinaryLinear, nn.Conv2d: BinaryConv2d}
 
@@ -41,16 +40,78 @@ def install_method(model: nn.Module, method: Method | None = None) -> nn.Module:
 
     None stands for the straight-through estimator.
     """
-    from .methods.base import Method, Site
+    from .methods.base import Method
 
     method = method or Method()
     layers = binary_layers(model)
-    for index, layer in enumerate(layers):
-        weight = getattr(layer, "weight", None)
-        layer.install(method, Site(index, len(layers), None if weight is None else tuple(weight.shape)))
+    for layer, site in zip(layers, _sites(model, layers), strict=True):
+        layer.install(method, site)
         for _, part in layer.parts():
             part.train(layer.training)
     return model
+
+
+@torch.no_grad()
+def number_by_execution_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
+    """Number the binary layers in the order in which `run()` executes them, in place, for methods that go by it.
+
+    Without it they count in the order of definition, which differs where a shortcut is defined before the main path.
+    Layers that read the same tensor (query, key, value) become a group. Layers that do not run come last.
+    """
+    inputs: dict[BinaryLayer, object] = {}  # kept alive, so that no two of them have the same identity
+
+    def note(layer: BinaryLayer, arguments: tuple) -> None:
+        inputs.setdefault(layer, arguments[0])
+
+    _run_watched(model, run, note)
+    layers = [*inputs, *(layer for layer in binary_layers(model) if layer not in inputs)]
+    groups = [id(inputs.get(layer, layer)) for layer in layers]
+    for layer, site in zip(layers, _sites(model, layers, groups), strict=True):
+        layer.place(site)
+    return model
+
+
+def _sites(model: nn.Module, layers: list[BinaryLayer], groups: list[int] | None = None) -> Iterator[Site]:
+    """Where each of the layers is, in the order given; layers of the same group have the same number in `groups`."""
+    from .methods.base import Site
+
+    blocks = _blocks(model)
+    group_places = _places(groups or list(range(len(layers))))
+    block_places = _places([blocks[layer] for layer in layers])
+    for index, layer in enumerate(layers):
+        weight = getattr(layer, "weight", None)
+        shape = None if weight is None else tuple(weight.shape)
+        yield Site(index, len(layers), shape, group=group_places[index], block=block_places[index])
+
+
+def _places(keys: list) -> list[Place]:
+    """Equal keys share a place; places count up in the order in which their keys come first."""
+    from .methods.base import Place
+
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [Place(numbers[key], len(numbers)) for key in keys]
+
+
+def _blocks(model: nn.Module) -> dict[BinaryLayer, str]:
+    """The name of each binary layer's block: the innermost element of a list of modules that holds several of them."""
+    names = {name: module for name, module in model.named_modules() if isinstance(module, BinaryLayer)}
+    elements = [
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        for child, _ in module.named_children()
+    ]
+    several = [e for e in elements if sum(name.startswith(f"{e}.") for name in names) > 1]
+    return {
+        layer: max((e for e in several if name.startswith(f"{e}.")), key=len, default=name)
+        for name, layer in names.items()
+    }
+
+
+def binary_fraction(model: nn.Module) -> float:
+    """How far the method has come in making the model binary in training, 0 to 1 (1: all methods but StoMPP)."""
+    binarizers = [part for layer in binary_layers(model) for slot, part in layer.parts() if slot != "around"]
+    return sum(part.binary_fraction() for part in binarizers) / len(binarizers) if binarizers else 1.0
 
 
 def binarize_(
@@ -108,11 +169,14 @@ def calibrate_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
     >>> model[0].input_levels.width.item()
     0.25
     """
+    _run_watched(model, run, lambda layer, inputs: layer.fit_levels(*inputs))
+    return model
+
+
+def _run_watched(model: nn.Module, run: Callable[[], object], watch: Callable[[BinaryLayer, tuple], None]) -> None:
+    """`run()` in evaluation mode, with `watch(layer, inputs)` called before each binary layer."""
     training = model.training
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs: layer.fit_levels(*inputs))
-        for layer in binary_layers(model)
-    ]
+    hooks = [layer.register_forward_pre_hook(watch) for layer in binary_layers(model)]
     try:
         model.eval()
         run()
@@ -120,19 +184,25 @@ def calibrate_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
         for hook in hooks:
             hook.remove()
         model.train(training)
-    return model
 
 
 @torch.no_grad()
-def pack_(model: nn.Module) -> nn.Module:
+def pack_(model: nn.Module, commit: bool = False) -> nn.Module:
     """Replace latent weights by their bits, in place, and switch to evaluation. The model can no longer be trained.
 
-    Raises ValueError if there is nothing to pack.
+    Raises ValueError if there is nothing to pack, and for a model that its method has not finished making binary (a
+    StoMPP run that was stopped early), unless `commit` says that it is to be binary nevertheless.
 
     >>> model = pack_(binarize_(nn.Sequential(nn.Linear(8, 8))))
     >>> model[0].weight.dtype, model[0].weight.shape
     (torch.uint8, torch.Size([8, 1]))
     """
+
+    if (fraction := binary_fraction(model)) < 1 and not commit:
+        raise ValueError(
+            f"the method has made only {fraction:.3f} of this {type(model).__name__} binary: packed, it would compute "
+            "something else than it was trained to. Train to the end, or pack it all the same with commit=True"
+        )
 
     def packed(name: str, module: nn.Module) -> nn.Module | None:
         return PACKED[type(module)].from_latent(module) if _packs(module) else None

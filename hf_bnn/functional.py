@@ -13,7 +13,7 @@ def sign(x: Tensor) -> Tensor:
     return x.detach().clone().lt_(0).mul_(-2).add_(1)
 
 
-def clipped_gradient(grad: Tensor, x: Tensor, clip: float) -> Tensor:
+def clipped_gradient(grad: Tensor, x: Tensor, clip: float | Tensor) -> Tensor:
     """`grad` where |x| <= clip, else 0: the gradient of clamp(x, -clip, clip), whose kinks let it pass."""
     return x.abs().le_(clip).mul_(grad)  # in place, as in `sign`
 
@@ -148,11 +148,13 @@ def integer_conv2d(
         (n, out_h, out_w, kh, kw, channels), (batch, row * sh, column * sw, row * dh, column * dw, channel)
     )
     kernels = weight.permute(0, 2, 3, 1)
+    outputs, window = n * out_h * out_w, weight[0].numel()  # not -1 below: that is undefined for an empty batch
     if groups == 1:
-        sums = integer_product(windows.reshape(n * out_h * out_w, -1), kernels.reshape(weight.shape[0], -1))
+        sums = integer_product(windows.reshape(outputs, window), kernels.reshape(weight.shape[0], window))
     else:
-        rows = windows.unflatten(-1, (groups, -1)).permute(5, 0, 1, 2, 3, 4, 6).reshape(groups, n * out_h * out_w, -1)
-        columns = kernels.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
+        grouped = windows.unflatten(-1, (groups, channels // groups))
+        rows = grouped.permute(5, 0, 1, 2, 3, 4, 6).reshape(groups, outputs, window)
+        columns = kernels.reshape(groups, weight.shape[0] // groups, window).transpose(1, 2)
         sums = exact_matmul(rows.float(), columns.float()).transpose(0, 1)
     return sums.reshape(n, out_h, out_w, weight.shape[0]).permute(0, 3, 1, 2)
 

@@ -54,7 +54,8 @@ class Conv2dProduct(NamedTuple):
         return (x.shape[0], weight_shape[0], *size)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, *self)
+        # Rows in memory: the order of summation depends on the layout, and unpacked signs have their channels last.
+        return F.conv2d(x, weight.flatten().view(weight.shape), None, *self)
 
     def of_signs(self, x: Tensor, weight: Tensor) -> Tensor:
         """The exact product of int8 signs, as float32."""
@@ -63,7 +64,7 @@ class Conv2dProduct(NamedTuple):
     def weight_sum(self, weight: Tensor, x: Tensor) -> Tensor:
         """The sum of the weights that each output for `x` sees: fewer at the border. `(out, H', W')`, float32."""
         with exactly(x.device):
-            return F.conv2d(torch.ones_like(x[:1], dtype=torch.float32), weight.float(), None, *self)[0]
+            return F.conv2d(x.new_ones((1, *x.shape[1:]), dtype=torch.float32), weight.float(), None, *self)[0]
 
     def per_channel(self, values: Tensor) -> Tensor:
         """One value per output channel, `(out,)`, in a shape that broadcasts to the output's."""

@@ -18,7 +18,15 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checked_trainer import CheckedTrainer
-from .convert import calibrate_, can_pack, has_fresh_levels, install_method, pack_
+from .convert import (
+    binary_fraction,
+    calibrate_,
+    can_pack,
+    has_fresh_levels,
+    install_method,
+    number_by_execution_,
+    pack_,
+)
 from .distillation import TeacherCache, TeacherOutput, hidden_loss, logits_loss
 from .integrity import CorruptCheckpointError
 from .layers import binary_layers
@@ -32,6 +40,7 @@ from .training import (
     method_state,
     method_state_names,
     parameter_roles,
+    partial_evaluation,
     split_groups,
     statistics,
 )
@@ -73,6 +82,14 @@ class BinaryTrainingArguments(TrainingArguments):
     )
     save_packed: bool = field(
         default=True, metadata={"help": "Write the final model, and what is pushed, as bits (checkpoints stay latent)."}
+    )
+
+    commit: bool = field(
+        default=False, metadata={"help": "Pack the final model even if its method has not finished making it binary."}
+    )
+    eval_partial: bool = field(
+        default=False,
+        metadata={"help": "Evaluate also as StoMPP has left the model in training: metrics named eval_partial_..."},
     )
 
     def __post_init__(self) -> None:
@@ -165,12 +182,20 @@ class BinaryTrainer(CheckedTrainer):
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        wanted = self.args.calibrate_levels and not resume_from_checkpoint and self.train_dataset is not None
-        if wanted and has_fresh_levels(self.bare_model):
+        model = self.bare_model
+        if self.train_dataset is not None and binary_layers(model):
             batch = next(iter(self.get_eval_dataloader(self.train_dataset)))
             inputs = {k: v for k, v in self._prepare_inputs(batch).items() if k not in self.label_names}
-            calibrate_(self.bare_model, lambda: self.bare_model(**inputs))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            number_by_execution_(model, lambda: model(**inputs))
+            if self.args.calibrate_levels and not resume_from_checkpoint and has_fresh_levels(model):
+                calibrate_(model, lambda: model(**inputs))
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if (fraction := binary_fraction(self.bare_model)) < 1:
+            logger.warning(
+                f"training has stopped when {fraction:.3f} of the model was binary: it is evaluated as fully binary, "
+                "and may do much worse than it did in training. Go on training, or save it with commit=True"
+            )
+        return output
 
     # The optimizer
 
@@ -184,6 +209,11 @@ class BinaryTrainer(CheckedTrainer):
                 self.args.aux_learning_rate_multiplier,
             )
         if self._hooked is not self.optimizer:
+            if "optimizer_hook" in self.method.claims() and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                raise ValueError(
+                    f"method {self.method.name!r} needs whole weights and gradients in the optimizer's step, but FSDP "
+                    "and DeepSpeed cut them in shards: train on one device, or with DistributedDataParallel"
+                )
             hook_optimizer(self.bare_model, self.optimizer, self.method)
             self._hooked = self.optimizer
         return self.optimizer
@@ -219,7 +249,31 @@ class BinaryTrainer(CheckedTrainer):
         with _without_autocast(self.bare_model):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        several = isinstance(
+            self.eval_dataset if eval_dataset is None else eval_dataset, dict
+        )  # each comes here itself
+        if self.args.eval_partial and not several and binary_fraction(self.bare_model) < 1:
+            with partial_evaluation(self.bare_model):
+                output = self.evaluation_loop(
+                    self.get_eval_dataloader(eval_dataset),
+                    description="Partial evaluation",
+                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    ignore_keys=ignore_keys,
+                    metric_key_prefix=f"{metric_key_prefix}_partial",
+                )
+            self.log(output.metrics)
+            metrics.update(output.metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        # Before the end of StoMPP's schedule a model is not yet what will be saved: it cannot be the best one.
+        return binary_fraction(self.bare_model) == 1 and super()._determine_best_metric(metrics, trial)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and (fraction := binary_fraction(self.bare_model)) < 1:
+            logs = {**logs, "binary_fraction": fraction}
         super().log(logs, *args, **kwargs)
         per_layer = statistics(self.bare_model) if "loss" in logs else {}
         if per_layer:  # for the history and the trackers; on the console they would bury everything else
@@ -246,7 +300,7 @@ class BinaryTrainer(CheckedTrainer):
                 save_file({key: value.contiguous() for key, value in own.items()}, Path(output_dir) / METHOD_STATE)
             return
         trained = self.model
-        self.model = packed_copy(self.bare_model, state_dict)
+        self.model = packed_copy(self.bare_model, state_dict, self.args.commit)
         try:
             super()._save(output_dir)
         finally:
@@ -254,6 +308,7 @@ class BinaryTrainer(CheckedTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         whole = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        whole = whole or binary_fraction(self.bare_model) < 1
         if whole or not self.args.save_packed or not self.is_world_process_zero() or not _can_pack(self.model):
             super()._push_from_checkpoint(checkpoint_folder)
             return
@@ -290,12 +345,12 @@ class BinaryTrainer(CheckedTrainer):
         return True
 
 
-def packed_copy(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> nn.Module:
+def packed_copy(model: nn.Module, state_dict: dict[str, Tensor] | None = None, commit: bool = False) -> nn.Module:
     """A packed model beside the latent one, which stays as it is. `state_dict`: gathered weights to take instead."""
     twin = copy.deepcopy(model)
     if state_dict:
         twin.load_state_dict(state_dict)
-    return pack_(twin)
+    return pack_(twin, commit)
 
 
 def _can_pack(model: nn.Module) -> bool:

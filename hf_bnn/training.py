@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,6 +40,19 @@ def hook_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, method: M
     """Let `method`, which is installed in `model`, hook into the optimizer's steps. Once per optimizer, before any."""
     layers = [layer for layer in binary_layers(model) if layer.binary_weight]
     method.optimizer_hook(optimizer, [(layer.weight_binarizer.site, layer) for layer in layers])
+
+
+@contextlib.contextmanager
+def partial_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within it the model evaluates as the method has left it in training, not fully binary: StoMPP's own curves."""
+    layers = binary_layers(model)
+    try:
+        for layer in layers:
+            layer.partial = True
+        yield
+    finally:
+        for layer in layers:
+            layer.partial = False
 
 
 def statistics(model: nn.Module) -> dict[str, float]:

@@ -1,49 +1,102 @@
-"""Times one layer forward and backward: nn.Linear, then BinaryLinear with every method, as ratios to named baselines.
+"""Times a training step of one layer: nn.Linear, then BinaryLinear with every method, as ratios to named baselines.
 
     python scripts/bench_training.py --threads 1 --tokens 256 512 1024 --output bench_training.json
 
-Rounds are interleaved: each round times every row once, so that a noisy neighbour slows all rows alike. Inputs ask for
-a gradient, as in every layer of a network but the first.
+A step is what a trainer does: the method's two moments, forward, backward and the optimizer's step (SGD), for a
+method's hook is part of its cost. Rounds are interleaved: each round times every row once, so that a noisy neighbour
+slows all rows alike. Inputs ask for a gradient, as in every layer of a network but the first.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from machine import environment
+from torch import Tensor, nn
 
 from hf_bnn import binarize_
-from hf_bnn.methods import METHODS, Method, Surge
+from hf_bnn.levels import ElasticLevels, SignedLevels
+from hf_bnn.methods import METHODS, Method, Site, Step, Stompp, Surge
 from hf_bnn.methods.surge import AUX
+from hf_bnn.training import begin_step, end_backward, hook_optimizer
 
-LINEAR, BASE = "nn.Linear", Method.name
-
-
-def contestants() -> dict[str, Method | None]:
-    """The rows of the table: name to method, None for the float layer."""
-    variants = {f"{Surge.name}-{aux}": Surge(aux=aux) for aux in AUX}
-    others = {name: cls() for name, cls in METHODS.items() if cls is not Surge}
-    return {LINEAR: None, **others, **variants}
+LINEAR, INLINED, BASE = "nn.Linear", "inlined", Method.name
+TOTAL = 1_000_000  # steps of the run that the timed steps are taken from
 
 
-def make_run(method: Method | None, tokens: int, inputs: int, outputs: int) -> Callable[[], None]:
-    """A function that runs a layer forward and backward once; the gradients are dropped, as zero_grad does."""
-    model = nn.Sequential(nn.Linear(inputs, outputs))
-    if method is not None:
-        binarize_(model, method)
+class Contestant(NamedTuple):
+    """A binary layer's method, the levels of its inputs, and the step of the run at which the timing starts."""
+
+    method: Method
+    levels: type[SignedLevels] = SignedLevels
+    start: int = 0
+
+
+def contestants() -> dict[str, Contestant | None]:
+    """The rows of the table by name; None for the two layers without a method."""
+    others = {name: Contestant(cls()) for name, cls in METHODS.items() if cls not in (Surge, Stompp)}
+    return {
+        LINEAR: None,
+        INLINED: None,
+        **others,
+        **{f"{Surge.name}-{aux}": Contestant(Surge(aux=aux)) for aux in AUX},
+        f"{Stompp.name}-clipped": Contestant(Stompp()),
+        f"{Stompp.name}-mixed": Contestant(Stompp(), start=int(0.7 * TOTAL)),
+        f"{Stompp.name}-signs": Contestant(Stompp(), start=int(0.95 * TOTAL)),
+        "elastic": Contestant(Method(), ElasticLevels),
+    }
+
+
+class _Inlined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        signs, weight_signs = (t.clone().lt_(0).mul_(-2).add_(1) for t in (x, weight))
+        scale = weight.abs().mean(1)
+        ctx.save_for_backward(x, signs, weight_signs, scale)
+        return (signs @ weight_signs.t()).mul_(scale).add_(bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, signs, weight_signs, scale = ctx.saved_tensors
+        scaled = grad * scale
+        return x.abs().le_(1).mul_(scaled @ weight_signs), scaled.t() @ signs, grad.sum(0)
+
+
+class InlinedSTE(nn.Linear):
+    """The straight-through estimator's layer written out by hand, as one function: what the mechanism is judged by."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Inlined.apply(x, self.weight, self.bias)
+
+
+def make_run(name: str, contestant: Contestant | None, tokens: int, inputs: int, outputs: int) -> Callable[[], None]:
+    """A function that takes one training step."""
+    model = nn.Sequential(InlinedSTE(inputs, outputs) if name == INLINED else nn.Linear(inputs, outputs))
+    method, start = Method(), 0
+    if contestant is not None:
+        method, start = contestant.method, contestant.start
+        binarize_(model, method, levels=lambda _: contestant.levels())
+        model[0].place(Site(1, 2, (outputs, inputs)))  # the second of two layers: StoMPP leaves it clipped at first
     model.train()
     x = torch.randn(tokens, inputs, requires_grad=True)
     grad = torch.randn(tokens, outputs)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    if contestant is not None:
+        hook_optimizer(model, optimizer, method)
+    steps = iter(range(start, TOTAL))
 
     def run() -> None:
+        step = Step(next(steps), TOTAL, 1e-6)
+        begin_step(model, step)
         model(x).backward(grad)
-        model.zero_grad(set_to_none=True)
+        end_backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
         x.grad = None
 
     return run
@@ -68,7 +121,7 @@ def median_ratio(times: list[float], baseline: list[float]) -> float:
 
 def measure(tokens: int, inputs: int, outputs: int, rounds: int) -> list[dict]:
     """One row per contestant, as in the JSON."""
-    runs = {name: make_run(method, tokens, inputs, outputs) for name, method in contestants().items()}
+    runs = {name: make_run(name, contestant, tokens, inputs, outputs) for name, contestant in contestants().items()}
     times = interleaved(runs, rounds)
     rows = []
     for name, row in times.items():
@@ -82,30 +135,10 @@ def measure(tokens: int, inputs: int, outputs: int, rounds: int) -> list[dict]:
                 "ms_q3": third,
                 "over_linear": median_ratio(row, times[LINEAR]),
                 "over_ste": median_ratio(row, times[BASE]),
+                "over_inlined": median_ratio(row, times[INLINED]),
             }
         )
     return rows
-
-
-def environment(arguments: argparse.Namespace) -> dict:
-    """What the figures depend on."""
-    model_names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": model_names[0] if model_names else platform.processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "rounds": arguments.rounds,
-        "inputs": arguments.inputs,
-        "outputs": arguments.outputs,
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
             )
             rows.append(row)
     if arguments.output:
-        text = json.dumps({"environment": environment(arguments), "rows": rows}, indent=2)
+        settings = {name: getattr(arguments, name) for name in ("rounds", "inputs", "outputs")}
+        text = json.dumps({"environment": environment(**settings), "rows": rows}, indent=2)
         arguments.output.write_text(text + "\n", encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from hf_bnn.methods import METHODS
+from hf_bnn.methods import METHODS, Surge
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
@@ -16,21 +16,33 @@ RESULTS = ROOT / "scripts" / "results"
 
 def methods_table(benchmark: dict) -> str:
     """Every method of the table, with what a step of it costs over the straight-through estimator's."""
-    cost = {(row["name"], row["tokens"]): row["over_ste"] for row in benchmark["rows"]}
+    cost = {row["name"]: row["over_ste"] for row in benchmark["rows"] if row["tokens"] == 512}
     lines = ["| method | paper | idea | cost |", "|---|---|---|---|"]
     for name, cls in METHODS.items():
-        measured = {row: value for (row, tokens), value in cost.items() if tokens == 512 and row.split("-")[0] == name}
+        measured = {row: value for row, value in cost.items() if row.split("-")[0] == name}
         if not measured:
             raise ValueError(f"no cost of {name!r} in the benchmark: run scripts/bench_training.py again")
         text = ", ".join(f"{value:.2f}{label(row)}" for row, value in measured.items())
         lines.append(f"| `{name}` | {cls.paper} | {cls.idea} | {text} |")
+    elastic = "learned scale and threshold of the inputs, with any method; the default for transformers"
+    lines.append(f'| config `levels="elastic"` | BiT, arXiv 2205.13016 | {elastic} | {cost["elastic"]:.2f} |')
     return "\n".join(lines)
 
 
 def label(row: str) -> str:
-    """What tells the variants of a method apart: "surge-own" gives " (`aux=own`)"."""
-    _, dash, variant = row.partition("-")
-    return f" (`aux={variant}`)" if dash else ""
+    """What tells the variants of a method apart: "surge-own" gives " (`aux=own`)", "stompp-mixed" " (mixed)"."""
+    name, dash, variant = row.partition("-")
+    setting = f"`aux={variant}`" if name == Surge.name else variant
+    return f" ({setting})" if dash else ""
+
+
+def fsg_text(results: dict) -> str:
+    """FSG against the straight-through estimator: accuracy, and the cost of a step."""
+    cost, steps = results["cost"], results["environment"]["steps"]
+    return (
+        f"{results['summary']} (Fashion-MNIST, a ResNet of 6 convolutions, weights only, {steps} steps from a trained "
+        f"float network). A step of ResNet-20, batch 128, one thread: {cost['ratio']:.2f} times STE's."
+    )
 
 
 def quickstart_table(results: dict) -> str:

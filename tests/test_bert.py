@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, RobertaConfig
 
 from hf_bnn import BinaryBertConfig, BinaryBertForSequenceClassification, pack_, summary
+from hf_bnn.attention import BinaryMatmul
 from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
-from hf_bnn.layers import BinaryLinear, BinaryMatmul, binary_layers
+from hf_bnn.layers import BinaryLinear, binary_layers
 from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 from hf_bnn.packed import PackedLinear
 

@@ -17,7 +17,7 @@ every_net = pytest.mark.parametrize("kind", NETS)
 
 # How far the gradient of two half batches may be from that of the whole one, as a share of its norm. SURGE's lambda is
 # a statistic of the micro-batch.
-ACCUMULATION_ERROR = {"surge-own": 0.05, "surge-shared": 0.05, "surge-lowrank": 0.05, "surge-leaky": 0.05}
+ACCUMULATION_ERROR = {method_id(method): 0.05 for method in EVERY_METHOD if "surge" in method.name.split("+")}
 ROUNDING = 1e-4
 
 
@@ -30,7 +30,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 def test_the_contract_covers_every_method_in_the_table():
-    assert {method.name for method in EVERY_METHOD} == set(METHODS)
+    assert {method.name for method in EVERY_METHOD} >= set(METHODS)
 
 
 @every_net
@@ -51,7 +51,7 @@ def test_packed_equals_eval_bit_for_bit(method: Method, kind: str):
     net.model.eval()
     with torch.no_grad():
         latent = net.output()
-        packed = net._replace(model=pack_(copy.deepcopy(net.model))).output()
+        packed = net._replace(model=pack_(copy.deepcopy(net.model), commit=True)).output()
     assert torch.equal(packed, latent)
 
 

@@ -6,8 +6,9 @@ from tiny import make_net, optimizer_of, tiny_model, train_steps
 from torch import Tensor, nn
 
 from hf_bnn import binarize_, calibrate_, install_method, pack_, unpack_
+from hf_bnn.attention import BinaryMatmul
 from hf_bnn.convert import drop_method, empty_packed_, matches, replace_modules, to_binary_
-from hf_bnn.layers import BinaryLinear, BinaryMatmul, binary_layers
+from hf_bnn.layers import BinaryLinear, binary_layers
 from hf_bnn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.methods import Method, Part, Site, Surge
 from hf_bnn.packed import PackedLinear
@@ -122,7 +123,7 @@ def test_every_layer_is_told_where_it_is():
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
     binarize_(model).append(BinaryMatmul(ElasticLevels(), ElasticLevels()))
     install_method(model, method)
-    assert method.sites == [Site(0, 3, (8, 6)), Site(1, 3, (3, 8)), Site(2, 3, None)]
+    assert [site[:3] for site in method.sites] == [(0, 3, (8, 6)), (1, 3, (3, 8)), (2, 3, None)]
 
 
 def test_a_new_method_takes_the_place_of_the_old_one():

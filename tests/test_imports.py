@@ -20,7 +20,7 @@ FLOORS = [
     {"functional", "integrity", "allocator"},
     {"levels", "products", "methods", "embeddings"},
     {"layers"},
-    {"packed"},
+    {"packed", "attention"},
     {"convert", "summary"},
     {"training", "distillation", "glue"},
     {"models", "quantizer", "checked_trainer"},

@@ -7,13 +7,12 @@ from tiny import tiny_model
 from torch import Tensor, nn
 
 from hf_bnn import binarize_, install_method
+from hf_bnn.attention import BinaryAttention, BinaryMatmul
 from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding, RoundedEmbedding
 from hf_bnn.layers import (
     BINARIZE,
-    BinaryAttention,
     BinaryLayer,
     BinaryLinear,
-    BinaryMatmul,
     binary_layers,
     rescale,
 )

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_bnn import BinaryBertConfig, BinaryBertForSequenceClassification, binarize_, install_method
-from hf_bnn.layers import BinaryAttention
+from hf_bnn.attention import BinaryAttention
 from hf_bnn.levels import ElasticLevels, UnsignedLevels
-from hf_bnn.methods import METHODS, Method, Step, Surge
+from hf_bnn.methods import METHODS, Fsg, IRNet, Method, Step, Stompp, Surge
 from hf_bnn.training import begin_step, end_backward, hook_optimizer
 
 SIZE = {
@@ -25,12 +25,18 @@ SIZE = {
 EVERY_METHOD = [
     *(cls() for name, cls in METHODS.items() if name != Surge.name),
     *(Surge(aux=aux, rank=4) for aux in ("own", "shared", "lowrank", "leaky")),
+    IRNet(libra=False),
+    Stompp(ste=False),
+    Stompp() + Surge(),
+    Fsg() + Stompp(on="activations"),
+    Fsg() + Surge(),
 ]
 
 
 def method_id(method: Method) -> str:
     """The name of a method in a test's id, with what tells its variants apart."""
-    return "-".join(filter(None, [method.name, getattr(method, "aux", None)]))
+    switched_off = [f"no_{name}" for name in ("ste", "libra") if getattr(method, name, True) is False]
+    return "-".join(filter(None, [method.name, getattr(method, "aux", None), *switched_off]))
 
 
 def tiny_config(**kwargs: Any) -> BinaryBertConfig:

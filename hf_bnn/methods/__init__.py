@@ -6,22 +6,38 @@ from typing import Any
 from .approx_sign import ApproxSign
 from .base import Method, Part, Place, Site, Step
 from .combined import Combined
+from .dorefa import DoReFa
+from .fsg import Fsg
+from .ir_net import IRNet
+from .metaquant import MetaQuant
+from .reste import ReSTE
+from .stompp import Stompp
 from .surge import Surge
+from .xnor import XNOR
 
 STE = Method
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (STE, ApproxSign, Surge)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (STE, ApproxSign, XNOR, DoReFa, IRNet, ReSTE, Surge, Stompp, Fsg, MetaQuant)
+}
 
 __all__ = [
     "METHODS",
     "STE",
+    "XNOR",
     "ApproxSign",
     "Combined",
+    "DoReFa",
+    "Fsg",
+    "IRNet",
+    "MetaQuant",
     "Method",
     "Part",
     "Place",
+    "ReSTE",
     "Site",
     "Step",
+    "Stompp",
     "Surge",
     "make_method",
     "method_from_dict",

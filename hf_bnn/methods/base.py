@@ -129,7 +129,7 @@ class Method:
         """Both methods at once, each in the slots that it claims. Raises ValueError if both claim the same one."""
         from .combined import Combined
 
-        return Combined((self, other))
+        return Combined(methods=(self, other))
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}

@@ -222,6 +222,9 @@ class Surge(Method):
         matrix = weight.flatten(1)
         return AuxiliaryBranch(layer, self.eta, _factors(matrix, min(self.rank, *matrix.shape), site.index))
 
+    def claims(self) -> frozenset[str]:
+        return frozenset({"input_binarizer" if self.aux == "leaky" else "around"})
+
 
 def _factors(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """U `(out, r)`, V `(r, in)` with U V close to `weight`, the same for the same seed."""

@@ -12,7 +12,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from ..layers import BinaryAttention
+from ..attention import BinaryAttention
 from ..levels import ElasticLevels, SignedLevels, UnsignedLevels
 from .base import EMBEDDINGS, BinaryConfigFields, BinaryModelMixin, check_choice
 

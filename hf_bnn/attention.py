@@ -1,0 +1,94 @@
+"""Products of two activations on two levels each, and attention made of them."""
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import exact_matmul, sign
+from .layers import BinaryLayer
+from .levels import ElasticLevels, SignedLevels
+
+if TYPE_CHECKING:
+    from .methods.base import Method, Part, Site
+
+
+class BinaryMatmul(BinaryLayer):
+    """`(..., n, k) @ (..., k, m)` with both operands on two levels.
+
+    >>> product = BinaryMatmul(SignedLevels(), SignedLevels()).eval()
+    >>> product(torch.ones(2, 3), -torch.ones(3, 1)).flatten()
+    tensor([-3., -3.])
+    """
+
+    slots = ("left_binarizer", "right_binarizer", "around")
+    product = None
+
+    def __init__(self, left_levels: SignedLevels, right_levels: SignedLevels):
+        super().__init__()
+        self.left_levels, self.right_levels = left_levels, right_levels
+
+    def make_parts(self, method: "Method", site: "Site") -> "tuple[Part | None, ...]":
+        left, right = method.input_binarizer(site, (1, 1)), method.input_binarizer(site, (1, 1))
+        return left, right, method.around(site, self)
+
+    def fit_levels(self, *inputs: Tensor) -> None:
+        self.left_levels.fit(inputs[0])
+        self.right_levels.fit(inputs[1])
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.learns(left, right):
+            return self.around(self._learning_forward, left, right)
+        left_signs = sign(left.float() - self.left_levels.threshold())
+        right_signs = sign(right.float() - self.right_levels.threshold())
+        return self._rescale(left_signs, right_signs, exact_matmul(left_signs, right_signs)).to(left.dtype)
+
+    def _learning_forward(self, left: Tensor, right: Tensor) -> Tensor:
+        left_signs = self.left_binarizer(self.left_levels.normalize(left))
+        right_signs = self.right_binarizer(self.right_levels.normalize(right))
+        return self._rescale(left_signs, right_signs, left_signs @ right_signs)
+
+    def _rescale(self, left: Tensor, right: Tensor, product: Tensor) -> Tensor:
+        """sum (a s + c) (b t + d) = ab sum st + cb sum t + ad sum s + cd k."""
+        (a, c), (b, d) = self.left_levels.affine(), self.right_levels.affine()
+        y = product * (a * b)
+        if self.left_levels.shifted:
+            y = y + (c * b) * right.sum(-2, keepdim=True)
+        if self.right_levels.shifted:
+            y = y + (a * d) * left.sum(-1, keepdim=True)
+        if self.left_levels.shifted and self.right_levels.shifted:
+            y = y + c * d * left.shape[-1]
+        return y
+
+
+class BinaryAttention(nn.Module):
+    """softmax(q k^T + mask) v with both products binary (BiT, arXiv 2205.13016, section 3.2).
+
+    q, k, v `(batch, heads, tokens, head_dim)` are signed; the probabilities take {0, a}, so that a masked token, whose
+    probability is 0, still adds nothing. Returns `(batch, heads, tokens, head_dim)` and the float probabilities.
+
+    >>> attention = BinaryAttention().eval().requires_grad_(False)
+    >>> attention(*torch.randn(3, 1, 2, 5, 8).unbind(), scaling=8**-0.5)[0].shape
+    torch.Size([1, 2, 5, 8])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = BinaryMatmul(ElasticLevels(), ElasticLevels())
+        self.context = BinaryMatmul(ElasticLevels(signed=False, width=0.1), ElasticLevels())
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        scores = self.scores(query, key.transpose(-1, -2)) * scaling
+        if mask is not None:
+            scores = scores + mask
+        probabilities = scores.softmax(-1)
+        kept = F.dropout(probabilities, dropout, self.training)
+        return self.context(kept, value), probabilities

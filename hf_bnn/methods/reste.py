@@ -1,0 +1,116 @@
+"""ReSTE: a power function between the identity and the sign, as training goes on (arXiv 2308.06689)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import sign
+from .base import Method, Part, Site, Step
+from .ir_net import in_deviations
+
+
+def reste_gradient(grad: Tensor, x: Tensor, o: Tensor, threshold: float, interval: float) -> Tensor:
+    """`grad` times f'(x) for f(x) = sign(x) |x|^(1/o), with the paper's two bounds."""
+    size = x.abs()
+    slope = size.clamp(min=interval).pow_(1 / o - 1).mul_(grad)
+    # 1 near zero, where the slope is f(m) / m = m^(1/o - 1); 1/o up to the threshold; 0 beyond. In place, as in `sign`.
+    share = size.clone().le_(interval).mul_(o - 1).add_(size.le_(threshold)).mul_(1 / o)
+    return slope.mul_(share)
+
+
+class _ReSTESign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, o: Tensor, threshold: float, interval: float) -> Tensor:
+        ctx.save_for_backward(x, o)
+        ctx.bounds = threshold, interval
+        return sign(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, o = ctx.saved_tensors
+        return reste_gradient(grad, x, o, *ctx.bounds), None, None, None
+
+
+class _ReSTEWeightSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, o: Tensor, threshold: float, interval: float) -> Tensor:
+        ctx.save_for_backward(weight, o)
+        ctx.bounds = threshold, interval
+        return sign(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        weight, o = ctx.saved_tensors
+        rows = weight.flatten(1)
+        found = reste_gradient(grad.flatten(1), in_deviations(rows), o, *ctx.bounds)
+        return found.view(weight.shape), None, None, None
+
+
+class ReSTESign(Part):
+    """sign(x), with the gradient of sign(x) |x|^(1/o), where o grows over training."""
+
+    surrogate = _ReSTESign
+
+    def __init__(self, method: "ReSTE"):
+        super().__init__()
+        self.method = method
+        # A tensor, because torch.compile would compile anew for every number; not saved, because the step tells it.
+        self.register_buffer("o", torch.tensor(method.order(0.0), dtype=torch.float32), persistent=False)
+
+    def begin_step(self, layer: nn.Module, step: Step) -> None:
+        self.o.fill_(self.method.order(step.index / max(step.total, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.surrogate.apply(x, self.o, self.method.threshold, self.method.interval)
+
+
+class ReSTEWeightSign(ReSTESign):
+    """sign(w), with that gradient at w in units of its output channel's standard deviation."""
+
+    surrogate = _ReSTEWeightSign
+
+
+@dataclass(frozen=True)
+class ReSTE(Method):
+    """ReSTE (arXiv 2308.06689): f(x) = sign(x) |x|^(1/o), f'(x) = (1/o) |x|^((1 - o)/o), for inputs and weights.
+
+    o grows linearly over training, from 1, the straight-through estimator, to `o_end`. The gradient is 0 where |x| >
+    `threshold`; where |x| <= `interval` = m it is the difference quotient f(m) / m, because f' has a pole at 0.
+    Weights are taken in units of their output channel's standard deviation (the paper standardizes its weights; those
+    of a pretrained transformer are about 0.03): the gradient is f'(w / std), the unit itself a constant and no factor.
+    `threshold` is the bound of inputs: `clip` stays 1.
+
+    >>> ReSTE(o_end=2.0).to_dict()
+    {'name': 'reste', 'clip': 1.0, 'o_end': 2.0, 'threshold': 1.5, 'interval': 0.1}
+    """
+
+    name: ClassVar[str] = "reste"
+    paper: ClassVar[str] = "ReSTE, arXiv 2308.06689"
+    idea: ClassVar[str] = "the gradient of a power function that bends from the identity towards the sign"
+
+    o_end: float = 3.0
+    threshold: float = 1.5
+    interval: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clip != 1:
+            raise ValueError(f"clip={self.clip}: expected 1, because ReSTE's bound is its threshold")
+        if not self.o_end >= 1:
+            raise ValueError(f"o_end={self.o_end}: expected a number >= 1")
+        if not self.interval > 0:
+            raise ValueError(f"interval={self.interval}: expected a number > 0")
+        if not self.threshold >= self.interval:
+            raise ValueError(f"threshold={self.threshold}: expected a number >= interval={self.interval}")
+
+    def order(self, progress: float) -> float:
+        """o at `progress`, a fraction of training, 0 to 1."""
+        return 1 + (self.o_end - 1) * min(progress, 1.0)
+
+    def weight_binarizer(self, site: Site) -> Part:
+        return ReSTEWeightSign(self)
+
+    def input_binarizer(self, site: Site, shape: tuple[int, ...]) -> Part:
+        return ReSTESign(self)
