@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from hf_bnn.methods import METHODS
+from hf_bnn import binarize_
+from hf_bnn.methods import METHODS, Site, Step
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_training.py"
 TINY = ["--inputs", "16", "--outputs", "8", "--rounds", "3"]
@@ -30,10 +33,12 @@ def test_the_json_has_one_row_per_layer_and_number_of_tokens(bench, tmp_path: Pa
     names = [row["name"] for row in found["rows"] if row["tokens"] == 4]
     assert names[0] == "nn.Linear"
     assert {f"surge-{aux}" for aux in ("own", "shared", "lowrank", "leaky")} < set(names)
-    assert {name.partition("-")[0] for name in names[1:]} == set(METHODS)
+    assert names[1] == "inlined"
+    assert {"stompp-clipped", "stompp-mixed", "stompp-signs", "elastic"} < set(names)
+    assert {name.partition("-")[0] for name in names[2:]} == set(METHODS) | {"elastic"}
     assert [row["name"] for row in found["rows"] if row["tokens"] == 6] == names
     for row in found["rows"]:
-        assert set(row) == {"name", "tokens", "ms_median", "ms_q1", "ms_q3", "over_linear", "over_ste"}
+        assert set(row) == {"name", "tokens", "ms_median", "ms_q1", "ms_q3", "over_linear", "over_ste", "over_inlined"}
         assert 0 < row["ms_q1"] <= row["ms_median"] <= row["ms_q3"]
     assert found["rows"][0]["over_linear"] == 1
     assert [row["over_ste"] for row in found["rows"] if row["name"] == "ste"] == [1, 1]
@@ -43,10 +48,39 @@ def test_the_json_has_one_row_per_layer_and_number_of_tokens(bench, tmp_path: Pa
     assert table[0].split()[:3] == ["layer", "tokens", "median"]
 
 
-def test_every_contestant_learns_something(bench):
-    for name, method in bench.contestants().items():
-        bench.make_run(method, 4, 16, 8)()
-        assert (method is None) == (name == bench.LINEAR)
+def test_every_contestant_takes_steps(bench):
+    for name, contestant in bench.contestants().items():
+        run = bench.make_run(name, contestant, 4, 16, 8)
+        run()
+        run()
+        assert (contestant is None) == (name in (bench.LINEAR, bench.INLINED))
+
+
+def test_stompps_three_rows_are_its_three_phases(bench):
+    fractions = {}
+    for name, contestant in bench.contestants().items():
+        if name.startswith("stompp"):
+            step = Step(contestant.start, bench.TOTAL, 0.1)
+            fractions[name] = contestant.method.fraction(Site(1, 2), step)
+    assert fractions["stompp-clipped"] == 0
+    assert 0.01 < fractions["stompp-mixed"] < 0.99
+    assert fractions["stompp-signs"] == 1
+
+
+def test_the_layer_written_by_hand_computes_what_the_binary_one_does(bench):
+    torch.manual_seed(0)
+    by_hand = bench.InlinedSTE(16, 8)
+    layer = binarize_(nn.Sequential(nn.Linear(16, 8)))[0]
+    layer.load_state_dict(by_hand.state_dict())
+    x, grad = torch.randn(5, 16), torch.randn(5, 8)
+    results = []
+    for module in (by_hand, layer):
+        z = x.clone().requires_grad_()
+        y = module(z)
+        y.backward(grad)
+        results.append((y.detach(), z.grad, module.weight.grad, module.bias.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_ratio_is_the_median_over_rounds(bench):
