@@ -208,14 +208,15 @@ class BinaryTrainer(CheckedTrainer):
                 self.args.levels_learning_rate_multiplier,
                 self.args.aux_learning_rate_multiplier,
             )
-        if self._hooked is not self.optimizer:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # not accelerate's wrapper of an earlier run
+        if self._hooked is not optimizer:
             if "optimizer_hook" in self.method.claims() and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 raise ValueError(
                     f"method {self.method.name!r} needs whole weights and gradients in the optimizer's step, but FSDP "
                     "and DeepSpeed cut them in shards: train on one device, or with DistributedDataParallel"
                 )
-            hook_optimizer(self.bare_model, self.optimizer, self.method)
-            self._hooked = self.optimizer
+            hook_optimizer(self.bare_model, optimizer, self.method)
+            self._hooked = optimizer
         return self.optimizer
 
     # The loss

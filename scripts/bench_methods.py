@@ -73,11 +73,11 @@ class Training(NamedTuple):
     steps: int
     batch: int
     lr: float
-    optimizer: str = "sgd"  # sgd: momentum 0.9, the recipe of StoMPP's papers; adam
+    optimizer: str = "sgd"  # sgd: momentum 0.9, at a constant rate: the recipe of StoMPP's papers; adam: linear decay
 
 
 def train(model: nn.Module, method: Method, data: Data, training: Training, seed: int) -> None:
-    """Steps at a constant learning rate; the order of the data depends on `seed` only."""
+    """The order of the data depends on `seed` only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if training.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, training.lr, momentum=0.9)
@@ -91,7 +91,10 @@ def train(model: nn.Module, method: Method, data: Data, training: Training, seed
         if len(order) < training.batch:
             order = torch.randperm(len(data.train_y), generator=generator)
         rows, order = order[: training.batch], order[training.batch :]
-        step = Step(index, training.steps, training.lr)
+        lr = training.lr * (1 - index / training.steps) if training.optimizer == "adam" else training.lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        step = Step(index, training.steps, lr)
         begin_step(model, step)
         F.cross_entropy(model(data.train_x[rows]), data.train_y[rows]).backward()
         end_backward(model, step)

@@ -177,12 +177,12 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
 def look_ahead(method: Fsg, nets: nn.ModuleDict, model: nn.Sequential, lr: float) -> list[float]:
     """The losses of training in one graph: each loss is one of the nets, through the weights that M has moved.
 
-    Of that loss the nets follow, layer by layer, the gradient of unit length over the norm of M.
+    Of that loss the nets follow, layer by layer, the update's gradient of unit length over the update's norm.
     """
     groups = [
         {"params": nets[n].parameters(), "lr": lr} for n, lr in (("slow", method.slow_lr), ("fast", method.fast_lr))
     ]
-    adam = torch.optim.Adam(groups)
+    adam = torch.optim.Adam(groups, eps=1e-6)
     names = ["1.weight", "3.weight"]
     weights = [model.get_parameter(name).detach().clone() for name in names]
     histories: list[list[Tensor]] = [[], []]
@@ -207,10 +207,10 @@ def look_ahead(method: Fsg, nets: nn.ModuleDict, model: nn.Sequential, lr: float
         for i, (raw, weight, history, slope) in enumerate(zip(raws, weights, histories, slopes, strict=True)):
             history.append(raw)
             M = literal_update(nets, method, history[-method.length :], weight, i)
-            norm = M.detach().norm()
-            M.register_hook(lambda d, norm=norm: d / d.norm() / norm / 2)
-            ratio = (slope * raw).norm() / norm if method.update_norm == "ste" else 1.0
-            updates.append(ratio * M)
+            update = M * ((slope * raw).norm() / M.norm()) if method.update_norm == "ste" else M
+            norm = update.detach().norm()
+            update.register_hook(lambda d, norm=norm: d / d.norm() / norm / 2)
+            updates.append(update)
     return losses
 
 
@@ -222,6 +222,9 @@ def test_the_hook_trains_as_a_look_ahead_in_the_graph_does(slow: str, binarizer:
     method = Fsg(slow=slow, binarizer=binarizer, init=init, update_norm=update_norm, beta=0.6, chunk=5, length=3)
     lr = 0.05
     run = make_run(method, two_layers(), lr=lr)
+    with torch.no_grad():  # at the zeros of init="ste" some gradients are 0, and Adam makes steps of their rounding
+        for p in run.hook.nets.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
     nets = copy.deepcopy(run.hook.nets)
     initial = copy.deepcopy(nets)
     expected = look_ahead(method, nets, two_layers(), lr)
@@ -467,7 +470,7 @@ def test_accumulated_gradients_train_as_those_of_one_batch():
         return [*net.model.parameters(), *fsg["nets"].values()]
 
     for found, expected in zip(trained(True), trained(False), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.multiprocess

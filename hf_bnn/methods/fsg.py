@@ -110,6 +110,10 @@ class GradientHistory:
         rows = [step % length for step in range(max(0, self.count - length), self.count)]
         return self.ring[rows, part].float()
 
+    def latest(self) -> Tensor:
+        """The newest of them all, `(n,)`, float32."""
+        return self.ring[(self.count - 1) % len(self.ring)].float()
+
     def rms(self) -> Tensor:
         """The root mean square of what the ring holds, a scalar."""
         filled = self.ring[: self.count]
@@ -132,9 +136,10 @@ class GradientHook:
 
         M = slope (g + beta rms slow(history / rms) + (1 - beta) g fast(W~)),   slope = c * gate
 
+    (without the first g under init="paper", and with its norm set under update_norm="ste").
     First the nets learn from how the last M has done: from -<G / |G|, M / |M|>, where G = slope g is taken at the
-    weights that M has led to and norms are constants, averaged over the layers. This is the gradient of the loss
-    through a weight update of the form W - lr M, up to a positive factor per layer, without that graph.
+    weights that M has led to, averaged over the layers. This is the gradient of the loss through a weight update of the
+    form W - lr M, up to a positive factor per layer, without that graph. |M| is a constant if nothing sets it.
 
     A layer that has no gradient in a step, or is another optimizer's, is left alone. All of it is in float32, and in
     the state dict of `optimizer`.
@@ -153,7 +158,9 @@ class GradientHook:
         self.method, self.layers = method, layers
         self.nets = make_nets(method, len(layers))
         rates = {"slow": method.slow_lr, "fast": method.fast_lr}
-        self.adam = torch.optim.Adam({"params": net.parameters(), "lr": rates[n]} for n, net in self.nets.items())
+        groups = [{"params": net.parameters(), "lr": rates[name]} for name, net in self.nets.items()]
+        # The signal has unit norm. At first some gradients are 0 up to rounding: a smaller eps would blow that up.
+        self.adam = torch.optim.Adam(groups, eps=1e-6)
         dtype = getattr(torch, method.history_dtype)
         self.histories = [GradientHistory(layer.weight, method.length, dtype) for _, layer in layers]
         for _, layer in layers:
@@ -235,13 +242,16 @@ class GradientHook:
             return 0.0
         self.adam.zero_grad()
         for i in previous:
-            history = self.histories[i]
+            history, calibration = self.histories[i], calibrate(self.histories[i].weight, self.method.binarizer)
             straight = calibrate(self.layers[i][1].weight, self.method.binarizer).slope.flatten() * self._raw(i, scale)
-            signal = straight * (-_inverse(straight.norm()) * _inverse(history.norm) / len(previous))
+            direction, inverse = straight * _inverse(straight.norm()), _inverse(history.norm)
+            along = 0.0  # of a step whose norm is set, a longer M is not a longer step: only M's direction is learned
+            if self.method.update_norm == "ste":
+                pieces = self._generate(i, history.latest(), calibration)
+                along = sum(torch.dot(direction[part], M) for part, M in pieces) * inverse.square()
             with torch.enable_grad():
-                latest = history.gradients()[-1]
-                for part, M in self._generate(i, latest, calibrate(history.weight, self.method.binarizer)):
-                    M.backward(signal[part])
+                for part, M in self._generate(i, history.latest(), calibration):
+                    M.backward((along * M.detach() - direction[part]) * (inverse / len(previous)))
         parameters = list(self.nets.parameters())
         _average_gradients(parameters)
         logged = any(layer.weight_binarizer.recording for _, layer in self.layers)

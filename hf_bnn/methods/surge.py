@@ -229,7 +229,7 @@ class Surge(Method):
 def _factors(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """U `(out, r)`, V `(r, in)` with U V close to `weight`, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all other devices too, for good
         left, values, right = torch.svd_lowrank(weight.float().cpu(), rank)
     root = values.sqrt()
     factors = left * root, (right * root).t().contiguous()
