@@ -470,7 +470,7 @@ def test_accumulated_gradients_train_as_those_of_one_batch():
         return [*net.model.parameters(), *fsg["nets"].values()]
 
     for found, expected in zip(trained(True), trained(False), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)  # a hundredth of a step of the fast net
 
 
 @pytest.mark.multiprocess
