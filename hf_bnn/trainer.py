@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .checked_trainer import CheckedTrainer
 from .convert import (
@@ -330,6 +331,10 @@ class BinaryTrainer(CheckedTrainer):
         self._load_method(self.state.best_model_checkpoint)
 
     def _load_method(self, folder: str) -> None:
+        config = Path(folder) / CONFIG_NAME
+        trained = json.loads(config.read_text(encoding="utf-8")).get("method") if config.is_file() else None
+        if trained not in (None, self.method.to_dict()):
+            logger.warning(f"{folder} was trained with {trained}: from here on it is {self.method.to_dict()}")
         path = Path(folder) / METHOD_STATE
         load_method_state(self.bare_model, load_file(path) if path.is_file() else {})
 

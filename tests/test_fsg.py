@@ -19,9 +19,9 @@ from torch.func import functional_call
 from hf_bnn import binarize_
 from hf_bnn.functional import weight_scale
 from hf_bnn.layers import binary_layers
-from hf_bnn.methods import STE, ApproxSign, Method, Site, Step, Surge, make_method
-from hf_bnn.methods import fsg as fsg_module
-from hf_bnn.methods.fsg import BINARIZERS, Fsg, GradientHook, RawSign, calibrate
+from hf_bnn.methods import STE, ApproxSign, Method, Site, Step, Surge, gradient_hook, make_method
+from hf_bnn.methods.fsg import BINARIZERS, Fsg
+from hf_bnn.methods.gradient_hook import GradientHook, RawSign, calibrate
 from hf_bnn.methods.metaquant import MetaQuant
 from hf_bnn.training import begin_step, end_backward, hook_optimizer, parameter_roles, statistics
 
@@ -399,7 +399,7 @@ def test_a_large_layer_is_taken_in_slices(monkeypatch: pytest.MonkeyPatch):
         return [M for _ in range(3) for M in run.step(run.random_gradients())]
 
     whole = updates()
-    monkeypatch.setattr(fsg_module, "SLICE", 7)
+    monkeypatch.setattr(gradient_hook, "SLICE", 7)
     for found, expected in zip(updates(), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -526,10 +526,10 @@ def test_the_state_is_plain_and_loading_does_not_share_it(tmp_path: Path):
 
 def test_the_nets_are_the_same_whatever_was_drawn_before_and_draw_nothing():
     torch.manual_seed(5)
-    first = fsg_module.make_nets(Fsg(**PAPER), 2).state_dict()
+    first = gradient_hook.make_nets(Fsg(**PAPER), 2).state_dict()
     drawn = torch.rand(3)
-    second = fsg_module.make_nets(Fsg(**PAPER), 2).state_dict()
-    other = fsg_module.make_nets(Fsg(seed=1, **PAPER), 2).state_dict()
+    second = gradient_hook.make_nets(Fsg(**PAPER), 2).state_dict()
+    other = gradient_hook.make_nets(Fsg(seed=1, **PAPER), 2).state_dict()
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), drawn)
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import EVERY_METHOD, method_id, tiny_batch, tiny_float_bert, tiny_model
 from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainingArguments, set_seed
 
-from hf_bnn import BinaryTrainer, BinaryTrainingArguments, Surge, pack_
+from hf_bnn import BinaryTrainer, BinaryTrainingArguments, Fsg, IRNet, Surge, pack_
 from hf_bnn.checked_trainer import NonFiniteTrainingError
 from hf_bnn.convert import calibrate_
 from hf_bnn.layers import binary_layers
@@ -284,7 +284,9 @@ def test_a_nan_gradient_stops_before_the_step(tmp_path):
     assert torch.equal(before["classifier.weight"], one.model.state_dict()["classifier.weight"])
 
 
-RESUMED = [method for method in EVERY_METHOD if method_id(method) in ("ste", "surge-own", "surge-lowrank")]
+RESUMED = [
+    method for method in EVERY_METHOD if method_id(method) in ("ste", "surge-own", "surge-lowrank", "ir_net", "reste")
+]
 
 
 @pytest.mark.parametrize("method", RESUMED, ids=method_id)
@@ -309,6 +311,55 @@ class StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         control.should_training_stop = state.global_step >= self.step
+
+
+def test_resuming_with_other_settings_of_a_method_says_so(tmp_path, monkeypatch):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, method=Surge(), **settings).train()
+    warnings = []
+    monkeypatch.setattr("hf_bnn.trainer.logger.warning", warnings.append)
+    again = trainer(tmp_path, method=Surge(eta=0.3), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert any("was trained with" in text and "'eta': 0.3" in text for text in warnings)
+    warnings.clear()
+    trainer(tmp_path, method=Surge(), **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not warnings
+
+
+@pytest.mark.parametrize("method", [Fsg(), IRNet()], ids=method_id)
+def test_a_second_training_hooks_into_the_optimizer_once_more_only_if_it_is_a_new_one(tmp_path, method):
+    one = trainer(tmp_path, method=method, max_steps=2)
+    one.train()
+    first = one._hooked
+    one.train()
+    assert one._hooked is getattr(one.optimizer, "optimizer", one.optimizer)
+    hooks = [one._hooked._optimizer_step_pre_hooks, one._hooked._optimizer_step_post_hooks]
+    assert sum(len(registered) for registered in hooks) == 1
+    assert first is not None
+
+
+@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_method_that_hooks_into_the_optimizer_is_refused_where_gradients_are_in_shards(tmp_path, kind: str):
+    one = trainer(tmp_path, method=Fsg())
+    setattr(one, kind, True)
+    with pytest.raises(ValueError, match="method 'fsg' needs whole weights and gradients in the optimizer's step"):
+        one.create_optimizer()
+    plain = trainer(tmp_path)
+    setattr(plain, kind, True)
+    plain.create_optimizer()
+
+
+@pytest.mark.parametrize("name", ["stompp+surge", "fsg+stompp", "fsg+surge"])
+def test_a_sum_of_methods_is_trained_recorded_and_saved(tmp_path, name: str):
+    settings = {"fsg+stompp": "on=activations"}.get(name)
+    args = arguments(tmp_path, method=name, method_args=settings, max_steps=4)
+    one = BinaryTrainer(tiny_model(), args, train_dataset=rows())
+    one.train()
+    one.save_model()
+    assert json.loads((tmp_path / "config.json").read_text())["method"]["name"] == name
+    packed = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(packed(**tiny_batch(8)).logits, one.model.eval()(**tiny_batch(8)).logits)
 
 
 def test_a_checkpoint_is_latent_without_the_method_and_the_final_model_is_packed(tmp_path):
