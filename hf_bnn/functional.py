@@ -1,10 +1,12 @@
 """Pure tensor functions: no modules, no state, no configuration."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def sign(x: Tensor) -> Tensor:
@@ -43,22 +45,31 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return _StraightThrough.apply(hard, soft)
 
 
-class _ClippedSign(torch.autograd.Function):
+class _SurrogateSign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, clip: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.clip = clip
+    def forward(ctx, x: Tensor, gradient: Callable[..., Tensor], settings: tuple, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *tensors)
+        ctx.gradient, ctx.settings = gradient, settings
         return sign(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
-        (x,) = ctx.saved_tensors
-        return clipped_gradient(grad, x, ctx.clip), None
+        x, *tensors = ctx.saved_tensors
+        return ctx.gradient(grad, x, *tensors, *ctx.settings), None, None, *[None] * len(tensors)
+
+
+def surrogate_sign(x: Tensor, gradient: Callable[..., Tensor], *tensors: Tensor, settings: tuple = ()) -> Tensor:
+    """sign(x) whose backward is `gradient(grad, x, *tensors, *settings)`: what tells most methods apart.
+
+    `gradient` returns a tensor of the shape and dtype of `grad`; `tensors` are constants, `settings` no tensors.
+    """
+    return _SurrogateSign.apply(x, gradient, settings, *tensors)
 
 
 def clipped_sign(x: Tensor, clip: float = 1.0) -> Tensor:
     """sign(x) with the gradient of clamp(x, -clip, clip): the straight-through estimator (arXiv 1602.02830, eq. 4)."""
-    return _ClippedSign.apply(x, clip)
+    return surrogate_sign(x, clipped_gradient, settings=(clip,))
 
 
 class _IdentitySign(torch.autograd.Function):

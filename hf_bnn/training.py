@@ -1,4 +1,20 @@
-"""What a training loop must do for a method, without transformers: two moments a step, optimizer groups, state."""
+"""What a training loop must do for a method, without transformers: two moments a step, optimizer groups, state.
+
+>>> import torch.nn.functional as F
+>>> from hf_bnn import binarize_, make_method
+>>> from hf_bnn.methods import Step
+>>> method = make_method("stompp+surge")
+>>> model = binarize_(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)), method, skip=("2",)).train()
+>>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+>>> hook_optimizer(model, optimizer, method)
+>>> for index in range(10):
+...     step = Step(index, total=10, lr=0.1)
+...     begin_step(model, step)
+...     F.cross_entropy(model(torch.randn(4, 8)), torch.tensor([0, 1, 0, 1])).backward()
+...     end_backward(model, step)
+...     optimizer.step()
+...     optimizer.zero_grad()
+"""
 
 from __future__ import annotations
 

@@ -45,6 +45,13 @@ def fsg_text(results: dict) -> str:
     )
 
 
+def orders_table(results: dict) -> str:
+    """StoMPP's orders by network: accuracy in percent, mean and standard deviation over the seeds."""
+    from bench_methods import order_table
+
+    return order_table(results["rows"])
+
+
 def quickstart_table(results: dict) -> str:
     """What one run of the quick start printed."""
     from quickstart import table
@@ -77,6 +84,8 @@ def updated(text: str) -> str:
     parts = {
         "runs": runs_table(runs),
         "methods": methods_table(json.loads((RESULTS / "bench_training.json").read_text())),
+        "orders": orders_table(json.loads((RESULTS / "stompp_order.json").read_text())),
+        "fsg": fsg_text(json.loads((RESULTS / "fsg.json").read_text())),
         "quickstart": quickstart_table(json.loads((RESULTS / "quickstart.json").read_text())),
     }
     for name, table in parts.items():

@@ -38,4 +38,5 @@ def train_without_input_gradient(rank: int, folder: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     torch.save((torch.distributed.get_world_size(), model.state_dict()), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # no rank leaves while another still talks to it
     torch.distributed.destroy_process_group()

@@ -37,4 +37,5 @@ def train_and_be_refused_shards(rank: int, folder: str) -> None:
         hook_optimizer(model, optimizer, method)
     except ValueError as error:
         torch.save(str(error), f"{folder}/refusal{rank}.pt")
+    torch.distributed.barrier()  # no rank leaves while another still talks to it
     torch.distributed.destroy_process_group()

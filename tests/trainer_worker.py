@@ -44,6 +44,7 @@ def main(folder: Path) -> None:
             )
     report = {"world_size": trainer.args.world_size, "digests": digests}
     (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(report))
+    torch.distributed.barrier()  # no rank leaves while another still talks to it
     torch.distributed.destroy_process_group()
 
 

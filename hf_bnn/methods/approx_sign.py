@@ -3,24 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..functional import sign
+from ..functional import surrogate_sign
 from .base import Method, Part, Site
 
 
-class _ApproxSign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, clip: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.clip = clip
-        return sign(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (x,) = ctx.saved_tensors
-        return x.abs().mul_(-2 / ctx.clip).add_(2).clamp_(min=0).mul_(grad), None  # in place: one pass of fresh memory
+def triangle_gradient(grad: Tensor, x: Tensor, clip: float) -> Tensor:
+    """`grad` times 2 - 2 |x| / clip where that is positive, else 0."""
+    return x.abs().mul_(-2 / clip).add_(2).clamp_(min=0).mul_(grad)  # in place: one pass of fresh memory
 
 
 class ApproximateSign(Part):
@@ -31,7 +22,7 @@ class ApproximateSign(Part):
         self.clip = clip
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ApproxSign.apply(x, self.clip)
+        return surrogate_sign(x, triangle_gradient, settings=(self.clip,))
 
 
 @dataclass(frozen=True)

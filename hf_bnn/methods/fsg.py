@@ -32,8 +32,9 @@ class Fsg(Method):
 
     Deviations. The history is divided by its RMS and the output multiplied by it: M scales with g. `init` "ste" makes
     the first M the STE's: slow and fast are g plus what starts as 0; "paper": nets as they are usually initialized.
-    `update_norm` "ste" gives each layer's M the norm of its STE gradient, "free" does not: nothing bounds M then, and
-    what looks like a better direction may be a larger step. Statistics: |M| / |STE|, cos(M, STE), |change of the nets|.
+    `update_norm` "ste" gives each layer's M the norm of its STE gradient, and the nets learn M's direction only; "free"
+    does not: nothing bounds M then, and what looks like a better direction may be a larger step. Statistics: |M| over
+    |STE|, cos(M, STE), |change of the nets|.
 
     >>> method = Fsg(length=3, slow="lstm")
     >>> method.weight_binarizer(Site(0, 1, (1, 3)))(torch.tensor([[-0.5, 0.0, 0.5]]))

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..functional import sign
+from ..functional import surrogate_sign
 from .base import Method, Part, Site, Step
 
 
@@ -30,61 +30,28 @@ def ede_gradient(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return (x * t).tanh_().square_().mul_(-peak).add_(peak).mul_(grad)  # in place: one pass of fresh memory
 
 
-class _EDESign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, t: Tensor) -> Tensor:
-        ctx.save_for_backward(x, t)
-        return sign(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, t = ctx.saved_tensors
-        return ede_gradient(grad, x, t), None
+def ede_weight_gradient(grad: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+    """The same at W in units of its output channel's standard deviation, which are taken as constants."""
+    return ede_gradient(grad.flatten(1), in_deviations(weight.flatten(1)), t).view(weight.shape)
 
 
-class _EDEWeightSign(torch.autograd.Function):
-    """sign(W), with the gradient of g at W in units of its standard deviation. The units are taken as constants."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, t: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, t)
-        return sign(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        weight, t = ctx.saved_tensors
-        rows = weight.flatten(1)
-        found = ede_gradient(grad.flatten(1), in_deviations(rows), t)
-        return found.view(weight.shape), None
-
-
-class _LibraSign(torch.autograd.Function):
-    """sign(W), with the gradient of g((W - mean(W)) / std(W - mean(W))), both per output channel.
+def libra_gradient(grad: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+    """The gradient of g((W - mean(W)) / std(W - mean(W))), both per output channel.
 
     With z = (W - m) / d over n weights and h = dL/dz: dL/dW = (h - mean(h) - z sum(h z) / (n - 1)) / d.
     """
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, t: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, t)
-        return sign(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        weight, t = ctx.saved_tensors
-        rows = weight.flatten(1)
-        z, inverse = centred(rows)
-        z.mul_(inverse)
-        h = ede_gradient(grad.flatten(1), z, t)
-        along = (h * z).sum(1, keepdim=True) / (rows.shape[1] - 1)
-        found = h.sub_(h.mean(1, keepdim=True)).addcmul_(z, along, value=-1).mul_(inverse)
-        return found.view(weight.shape), None
+    rows = weight.flatten(1)
+    z, inverse = centred(rows)
+    z.mul_(inverse)
+    h = ede_gradient(grad.flatten(1), z, t)
+    along = (h * z).sum(1, keepdim=True) / (rows.shape[1] - 1)
+    return h.sub_(h.mean(1, keepdim=True)).addcmul_(z, along, value=-1).mul_(inverse).view(weight.shape)
 
 
 class EDESign(Part):
     """sign(x), with the gradient of the error decay estimator g(x) = k tanh(t x), where t grows over training."""
 
-    surrogate = _EDESign
+    gradient = staticmethod(ede_gradient)
 
     def __init__(self, method: "IRNet"):
         super().__init__()
@@ -96,13 +63,13 @@ class EDESign(Part):
         self.t.fill_(self.method.sharpness(step.index / max(step.total, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.surrogate.apply(x, self.t)
+        return surrogate_sign(x, self.gradient, self.t)
 
 
 class EDEWeightSign(EDESign):
     """sign(w), with the gradient of the estimator at w in units of its output channel's standard deviation."""
 
-    surrogate = _EDEWeightSign
+    gradient = staticmethod(ede_weight_gradient)
 
 
 class LibraSign(EDESign):
@@ -111,7 +78,7 @@ class LibraSign(EDESign):
     After `IRNet.optimizer_hook`, the latent weights have mean 0 per output channel from the first step on.
     """
 
-    surrogate = _LibraSign
+    gradient = staticmethod(libra_gradient)
     hooked = False
 
     def begin_step(self, layer: nn.Module, step: Step) -> None:

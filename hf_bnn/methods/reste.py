@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..functional import sign
+from ..functional import surrogate_sign
 from .base import Method, Part, Site, Step
 from .ir_net import in_deviations
 
@@ -20,38 +20,16 @@ def reste_gradient(grad: Tensor, x: Tensor, o: Tensor, threshold: float, interva
     return slope.mul_(share)
 
 
-class _ReSTESign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, o: Tensor, threshold: float, interval: float) -> Tensor:
-        ctx.save_for_backward(x, o)
-        ctx.bounds = threshold, interval
-        return sign(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, o = ctx.saved_tensors
-        return reste_gradient(grad, x, o, *ctx.bounds), None, None, None
-
-
-class _ReSTEWeightSign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight: Tensor, o: Tensor, threshold: float, interval: float) -> Tensor:
-        ctx.save_for_backward(weight, o)
-        ctx.bounds = threshold, interval
-        return sign(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        weight, o = ctx.saved_tensors
-        rows = weight.flatten(1)
-        found = reste_gradient(grad.flatten(1), in_deviations(rows), o, *ctx.bounds)
-        return found.view(weight.shape), None, None, None
+def reste_weight_gradient(grad: Tensor, weight: Tensor, o: Tensor, threshold: float, interval: float) -> Tensor:
+    """The same at W in units of its output channel's standard deviation."""
+    rows = in_deviations(weight.flatten(1))
+    return reste_gradient(grad.flatten(1), rows, o, threshold, interval).view(weight.shape)
 
 
 class ReSTESign(Part):
     """sign(x), with the gradient of sign(x) |x|^(1/o), where o grows over training."""
 
-    surrogate = _ReSTESign
+    gradient = staticmethod(reste_gradient)
 
     def __init__(self, method: "ReSTE"):
         super().__init__()
@@ -63,13 +41,13 @@ class ReSTESign(Part):
         self.o.fill_(self.method.order(step.index / max(step.total, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.surrogate.apply(x, self.o, self.method.threshold, self.method.interval)
+        return surrogate_sign(x, self.gradient, self.o, settings=(self.method.threshold, self.method.interval))
 
 
 class ReSTEWeightSign(ReSTESign):
     """sign(w), with that gradient at w in units of its output channel's standard deviation."""
 
-    surrogate = _ReSTEWeightSign
+    gradient = staticmethod(reste_weight_gradient)
 
 
 @dataclass(frozen=True)

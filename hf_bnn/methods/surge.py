@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..functional import clipped_gradient, sign
+from ..functional import clipped_gradient, surrogate_sign
 from .base import ClippedSign, Method, Part, Site
 
 AUX = ("own", "shared", "lowrank", "leaky")
@@ -147,21 +147,12 @@ def _output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-class _LeakySign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, clip: float, eta: float, record: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.clip, ctx.eta, ctx.record = clip, eta, record
-        return sign(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, extra: Tensor):
-        (x,) = ctx.saved_tensors
-        main = clipped_gradient(extra, x, ctx.clip)
-        scale = gradient_scale(ctx.eta, main, extra)
-        _record(ctx.record, main, extra, scale)
-        return main.addcmul_(scale.to(main.dtype), extra), None, None, None
+def leaky_gradient(extra: Tensor, x: Tensor, clip: float, eta: float, record: Tensor | None) -> Tensor:
+    """g_b + lambda g_a where g_a, the branch's share, is the unclipped gradient itself."""
+    main = clipped_gradient(extra, x, clip)
+    scale = gradient_scale(eta, main, extra)
+    _record(record, main, extra, scale)
+    return main.addcmul_(scale.to(main.dtype), extra)
 
 
 class LeakySign(Recorder):
@@ -172,7 +163,7 @@ class LeakySign(Recorder):
         self.clip, self.eta = clip, eta
 
     def forward(self, x: Tensor) -> Tensor:
-        return _LeakySign.apply(x, self.clip, self.eta, self.active_record())
+        return surrogate_sign(x, leaky_gradient, settings=(self.clip, self.eta, self.active_record()))
 
 
 @dataclass(frozen=True)

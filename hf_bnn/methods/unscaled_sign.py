@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..functional import sign, weight_scale
+from ..functional import surrogate_sign, weight_scale
 from .base import Part
 
 
@@ -14,17 +14,9 @@ def inverse_scale(weight: Tensor, scaling: str) -> Tensor:
     return inverse.view(-1, *[1] * (weight.dim() - 1))
 
 
-class _UnscaledSign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight: Tensor, scaling: str) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.scaling = scaling
-        return sign(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (weight,) = ctx.saved_tensors
-        return (grad * inverse_scale(weight, ctx.scaling)).to(grad.dtype), None
+def unscaled_gradient(grad: Tensor, weight: Tensor, scaling: str) -> Tensor:
+    """dL/dW_hat from dL/dsign."""
+    return (grad * inverse_scale(weight, scaling)).to(grad.dtype)
 
 
 class UnscaledSign(Part):
@@ -38,4 +30,4 @@ class UnscaledSign(Part):
         self.scaling = scaling
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _UnscaledSign.apply(weight, self.scaling)
+        return surrogate_sign(weight, unscaled_gradient, settings=(self.scaling,))

@@ -3,37 +3,27 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..functional import sign
+from ..functional import surrogate_sign
 from .base import Method, Part, Site
 from .unscaled_sign import UnscaledSign, inverse_scale
 
 
-class _ScaledSign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight: Tensor, scaling: str) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.scaling = scaling
-        return sign(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (weight,) = ctx.saved_tensors
-        # dL/dW_hat = grad / s: (grad / s) (1/n + 1{|W| <= 1} s) = grad (1/(n s) + 1{|W| <= 1})
-        factor = weight.abs().le_(1)
-        if ctx.scaling != "none":
-            sharing = weight[0].numel() if ctx.scaling == "channel" else weight.numel()
-            factor.add_(inverse_scale(weight, ctx.scaling), alpha=1 / sharing)
-        return factor.mul_(grad), None
+def scaled_gradient(grad: Tensor, weight: Tensor, scaling: str) -> Tensor:
+    """The paper's gradient from dL/dsign = s dL/dW_hat: (grad / s) (1/n + 1{|W| <= 1} s)."""
+    factor = weight.abs().le_(1)
+    if scaling != "none":
+        sharing = weight[0].numel() if scaling == "channel" else weight.numel()
+        factor.add_(inverse_scale(weight, scaling), alpha=1 / sharing)
+    return factor.mul_(grad)
 
 
 class ScaledSign(UnscaledSign):
     """sign(w), with the gradient that the scaled weight W_hat = s sign(W) hands to W where s depends on W too."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _ScaledSign.apply(weight, self.scaling)
+        return surrogate_sign(weight, scaled_gradient, settings=(self.scaling,))
 
 
 @dataclass(frozen=True)
