@@ -54,7 +54,7 @@ class Fsg(Method):
     d_state: int = 4
     d_conv: int = 4
     expand: int = 2
-    fast_hidden: int = 32
+    fast_hidden: int = 16
     slow_lr: float = 1e-3
     fast_lr: float = 1e-2
     update_norm: str = "ste"

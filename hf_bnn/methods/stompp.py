@@ -139,21 +139,21 @@ class MaskedSign(Part):
         before = self._mask_at(layer, step._replace(index=step.index - 1)) if self.method.zero_momentum else None
         mask = self._mask_at(layer, step)
         self.fraction = self.method.fraction(self.site, step)
-        self.mask = None if mask.dim() == 0 else mask.to(device, torch.float32)
+        self.mask = None if mask.dim() == 0 else mask.to(device)
         if self.mask is None:
             self._keys = None  # only the unit in transition holds keys
-        self.just_frozen = None if before is None else (mask & ~before).to(device)
+        self.just_frozen = None if before is None else (mask > before).to(device)
 
     def _mask_at(self, layer: nn.Module, step: Step) -> Tensor:
-        """The mask of a step; 0-d where all entries are alike."""
+        """The mask of a step, of zeros and ones in float32; 0-d where all entries are alike."""
         fraction = self.method.fraction(self.site, step)
         if not 0 < fraction < 1:
-            return torch.tensor(fraction >= 1)
+            return torch.tensor(float(fraction >= 1))
         if self._keys is None:
             slot = [part for _, part in layer.parts()].index(self)
             place = (self.method.seed, self.site.index, slot)
             self._keys = FreezingKeys(math.prod(self.shape), self.method.refresh_period(self.site, step), place)
-        return (self._keys.at(step.index) < fraction).view(self.shape)
+        return self._keys.at(step.index).clone().lt_(fraction).view(self.shape)
 
 
 @dataclass(frozen=True)
