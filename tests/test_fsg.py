@@ -458,7 +458,8 @@ def test_a_layer_without_any_gradient_at_first_learns_later():
 
 def test_accumulated_gradients_train_as_those_of_one_batch():
     def trained(halves: bool) -> list[Tensor]:
-        net = make_net("linear", Fsg(beta=0.5))
+        # Not init="ste": at its zeros some gradients of the nets are 0, and Adam makes steps of their rounding.
+        net = make_net("linear", Fsg(beta=0.5, init="paper"))
         optimizer = torch.optim.SGD(net.model.parameters(), 0.05)
         hook_optimizer(net.model, optimizer, net.method)
         for _ in range(3):
@@ -470,7 +471,7 @@ def test_accumulated_gradients_train_as_those_of_one_batch():
         return [*net.model.parameters(), *fsg["nets"].values()]
 
     for found, expected in zip(trained(True), trained(False), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)  # a hundredth of a step of the fast net
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.multiprocess
@@ -704,7 +705,7 @@ def test_metaquant_scales_each_gradient_by_a_net_of_its_weight(binarizer: str):
         inner, outer = run.hook.nets["fast"].into, run.hook.nets["fast"].out
         for M, weight, g in zip(found, weights, gradients, strict=True):
             value, slope = literal_calibration(weight, binarizer)
-            f = sum(outer.weight[0, k] * torch.tanh(inner.weight[k, 0] * value + inner.bias[k]) for k in range(32))
+            f = sum(outer.weight[0, k] * torch.tanh(inner.weight[k, 0] * value + inner.bias[k]) for k in range(16))
             torch.testing.assert_close(M, (slope * g * (f + outer.bias[0])).detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -859,7 +860,7 @@ def test_a_closure_is_refused():
             r"has slow.into.weight of shape \(8, 8\) where this run has slow.into.weight of shape \(8, 16\)",
         ),
         (Fsg(history_dtype="bfloat16"), r"layer 0's ring .* in torch.bfloat16 where .* in torch.float32"),
-        (Fsg(beta=1.0), r"layer 0's ring of .* where this run has fast.into.weight of shape \(32, 1\)"),
+        (Fsg(beta=1.0), r"layer 0's ring of .* where this run has fast.into.weight of shape \(16, 1\)"),
     ],
 )
 def test_the_state_of_other_settings_is_refused_with_the_first_difference(other: Fsg, message: str):
