@@ -184,11 +184,12 @@ class BinaryTrainer(CheckedTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         model = self.bare_model
-        if self.train_dataset is not None and binary_layers(model):
+        calibrate = self.args.calibrate_levels and not resume_from_checkpoint and has_fresh_levels(model)
+        if self.train_dataset is not None and (calibrate or self.method.in_order):
             batch = next(iter(self.get_eval_dataloader(self.train_dataset)))
             inputs = {k: v for k, v in self._prepare_inputs(batch).items() if k not in self.label_names}
             number_by_execution_(model, lambda: model(**inputs))
-            if self.args.calibrate_levels and not resume_from_checkpoint and has_fresh_levels(model):
+            if calibrate:
                 calibrate_(model, lambda: model(**inputs))
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if (fraction := binary_fraction(self.bare_model)) < 1:

@@ -21,6 +21,7 @@ from hf_bnn.methods import (
     Method,
     ReSTE,
     Site,
+    Stompp,
     Surge,
     make_method,
     method_from_dict,
@@ -248,3 +249,8 @@ def test_a_sum_trains_every_kind_of_net():
         net = make_net(kind, THREE)
         losses = train_steps(net, optimizer_of(net), range(20))
         assert losses[-1] < 0.5 * losses[0], kind
+
+
+def test_a_sum_goes_by_the_order_of_execution_if_one_of_its_methods_does():
+    assert (Stompp() + Surge()).in_order
+    assert not (ApproxSign() + Surge()).in_order

@@ -100,6 +100,7 @@ class Method:
     name: ClassVar[str] = "ste"
     paper: ClassVar[str] = "arXiv 1308.3432, 1602.02830"
     idea: ClassVar[str] = "sign forward, the gradient of a clipped identity backward"
+    in_order: ClassVar[bool] = False  # whether it goes by the order in which the layers are executed
 
     clip: float = 1.0
 

@@ -45,6 +45,10 @@ class Combined(Method):
     def name(self) -> str:
         return "+".join(method.name for method in self.methods)
 
+    @property
+    def in_order(self) -> bool:
+        return any(method.in_order for method in self.methods)
+
     def claims(self) -> frozenset[str]:
         return frozenset().union(*(method.claims() for method in self.methods))
 

@@ -182,6 +182,8 @@ class Stompp(Method):
     paper: ClassVar[str] = "StoMPP, arXiv 2606.27759"
     idea: ClassVar[str] = "clipped values become signs entry by entry, layer after layer, from input to output"
 
+    in_order: ClassVar[bool] = True
+
     order: str = "forward"
     schedule: str = "cubic"
     end: float = 0.9
