@@ -55,7 +55,9 @@ METHOD_STATE = "method_state.safetensors"
 class BinaryTrainingArguments(TrainingArguments):
     """TrainingArguments, and how the binary layers are trained."""
 
-    method: str = field(default="ste", metadata={"help": "The training method: a name of hf_bnn.METHODS."})
+    method: str = field(
+        default="ste", metadata={"help": "The training method: a name of hf_bnn.METHODS, or a sum: stompp+surge."}
+    )
     method_args: str | None = field(
         default=None, metadata={"help": 'The method\'s own arguments: "eta=0.1,aux=shared".'}
     )
