@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class BinaryMatmul(BinaryLayer):
     """`(..., n, k) @ (..., k, m)` with both operands on two levels.
 
+    >>> import torch
     >>> product = BinaryMatmul(SignedLevels(), SignedLevels()).eval()
     >>> product(torch.ones(2, 3), -torch.ones(3, 1)).flatten()
     tensor([-3., -3.])
@@ -67,6 +68,7 @@ class BinaryAttention(nn.Module):
     q, k, v `(batch, heads, tokens, head_dim)` are signed; the probabilities take {0, a}, so that a masked token, whose
     probability is 0, still adds nothing. Returns `(batch, heads, tokens, head_dim)` and the float probabilities.
 
+    >>> import torch
     >>> attention = BinaryAttention().eval().requires_grad_(False)
     >>> attention(*torch.randn(3, 1, 2, 5, 8).unbind(), scaling=8**-0.5)[0].shape
     torch.Size([1, 2, 5, 8])
