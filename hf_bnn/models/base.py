@@ -84,7 +84,7 @@ class BinaryModelMixin:
         self.prepare_config(config)
         super().__init__(config, *args, **kwargs)
         self.loaded_format = config.weight_format
-        self.replace_embeddings()
+        self.rewrite()
         to_binary_(self, config.skip, config.binarize, self.input_levels, config.weight_scaling)
         if config.weight_format == "packed":
             empty_packed_(self)
@@ -99,8 +99,8 @@ class BinaryModelMixin:
         """The levels of the input of the binary layer called `name`."""
         return ElasticLevels() if self.config.levels == "elastic" else SignedLevels()
 
-    def replace_embeddings(self) -> None:
-        """Put rounded tables in the place of the float ones that the config names."""
+    def rewrite(self) -> None:
+        """Change other parts of the float model, before its layers become binary (rounded tables, other blocks)."""
 
     def replace_tables(self, kind: str, patterns: tuple[str, ...]) -> None:
         """Make every `nn.Embedding` whose name matches one of `patterns` an int8 or a binary one."""

@@ -83,7 +83,7 @@ class BinaryBertMixin(BinaryModelMixin):
         if config.attention == "binary":  # not stored in config.json by transformers
             config._attn_implementation = ATTENTION
 
-    def replace_embeddings(self) -> None:
+    def rewrite(self) -> None:
         self.replace_tables(self.config.embeddings, ("*embeddings.word_embeddings",))
         if self.config.embeddings == "binary":
             self.replace_tables("binary", ("*embeddings.position_embeddings",))
