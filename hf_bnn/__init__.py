@@ -3,7 +3,25 @@
 import importlib
 
 from .convert import binarize_, calibrate_, install_method, pack_, unpack_
-from .models import BinaryBertConfig, BinaryBertForSequenceClassification
+from .diagnostics import InputReport, check_inputs
+from .models import (
+    BinaryBertConfig,
+    BinaryBertForMaskedLM,
+    BinaryBertForMultipleChoice,
+    BinaryBertForQuestionAnswering,
+    BinaryBertForSequenceClassification,
+    BinaryBertForTokenClassification,
+    BinaryBertModel,
+    BinaryResNetBackbone,
+    BinaryResNetConfig,
+    BinaryResNetForImageClassification,
+    BinaryResNetModel,
+    BinaryViTConfig,
+    BinaryViTForImageClassification,
+    BinaryViTForMaskedImageModeling,
+    BinaryViTModel,
+)
+from .quantizer import BinaryConfig
 from .summary import Summary, summary
 
 __version__ = "0.1.0"
@@ -29,9 +47,23 @@ _LAZY = {
 
 __all__ = [  # noqa: RUF022
     "BinaryBertConfig",
+    "BinaryBertForMaskedLM",
+    "BinaryBertForMultipleChoice",
+    "BinaryBertForQuestionAnswering",
     "BinaryBertForSequenceClassification",
+    "BinaryBertForTokenClassification",
+    "BinaryBertModel",
+    "BinaryConfig",
     "BinaryTrainer",
     "BinaryTrainingArguments",
+    "BinaryResNetBackbone",
+    "BinaryResNetConfig",
+    "BinaryResNetForImageClassification",
+    "BinaryResNetModel",
+    "BinaryViTConfig",
+    "BinaryViTForImageClassification",
+    "BinaryViTForMaskedImageModeling",
+    "BinaryViTModel",
     "METHODS",
     "STE",
     "XNOR",
@@ -40,6 +72,7 @@ __all__ = [  # noqa: RUF022
     "IRNet",
     "ReSTE",
     "Fsg",
+    "InputReport",
     "MetaQuant",
     "Method",
     "Stompp",
@@ -47,6 +80,7 @@ __all__ = [  # noqa: RUF022
     "Surge",
     "binarize_",
     "calibrate_",
+    "check_inputs",
     "install_method",
     "make_method",
     "pack_",

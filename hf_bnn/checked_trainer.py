@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .integrity import is_complete, verify_manifest, write_manifest
-from .training import first_nonfinite_layer
+from .activations import RPReLU
+from .integrity import CorruptCheckpointError, is_complete, verify_manifest, write_manifest
+from .training import first_nonfinite_layer, method_state_names
+
+# Scales, shifts and slopes: to pull them to 0 would change what the network computes, not make it simpler.
+NO_DECAY = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RPReLU)
 
 
 class NonFiniteTrainingError(FloatingPointError):
@@ -21,13 +29,21 @@ class NonFiniteTrainingError(FloatingPointError):
 
 class CheckedTrainer(Trainer):
     """Trainer, for any model: each checkpoint-N ends with a manifest of digests, without which nothing resumes from it;
-    a loss, gradient or weight that is not finite stops the run with the name of the layer where it began.
+    a loss, gradient or weight that is not finite stops the run with the name of the layer where it began. Whatever is
+    loaded from a checkpoint is loaded whole.
     """
 
     @property
     def bare_model(self) -> nn.Module:
         """The model without the wrappers of distributed training."""
         return self.accelerator.unwrap_model(self.model)
+
+    # Trap: transformers decays the weights of BatchNorm, whose names have no "norm." that it looks for.
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        spared = {id(p) for module in model.modules() if isinstance(module, NO_DECAY) for p in module.parameters()}
+        names = set(super().get_decay_parameter_names(model))
+        return [name for name, p in model.named_parameters() if name in names and id(p) not in spared]
 
     # Numbers that are not finite
 
@@ -97,6 +113,43 @@ class CheckedTrainer(Trainer):
         if resume_from_checkpoint:
             verify_manifest(resume_from_checkpoint)
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_weights(self, folder: str) -> bool:
+        """Load a checkpoint's weights strictly; False if they are of a kind that Trainer itself handles.
+
+        Trainer takes the names in the file for the model's own, which they are not in ViT: it would only warn, and
+        leave most tensors as they were.
+        """
+        path, model = Path(folder) / SAFE_WEIGHTS_NAME, self.bare_model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not path.is_file():
+            return False
+        conversions = (
+            get_model_conversion_mapping(model, add_legacy=False) if isinstance(model, PreTrainedModel) else []
+        )
+        if not all(isinstance(conversion, WeightRenaming) for conversion in conversions):
+            return False
+        own = model.state_dict()
+        state = {_name_in_memory(key, own, conversions): value for key, value in load_file(path).items()}
+        elsewhere = {*method_state_names(model), *getattr(model, "all_tied_weights_keys", ())}
+        wrong = sorted((own.keys() ^ state.keys()) - elsewhere)
+        if wrong:
+            raise CorruptCheckpointError(f"{path} does not fit the model: {wrong[0]!r} is in only one of the two")
+        model.load_state_dict(state, strict=False)
+        return True
+
+
+def _name_in_memory(key: str, own: dict[str, Tensor], renamings: list[WeightRenaming]) -> str:
+    """What the tensor that a file calls `key` is called in the model whose state dict is `own`."""
+    renamed, _ = rename_source_key(key, renamings, [])
+    return renamed if renamed in own else key
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:

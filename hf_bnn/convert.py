@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .layers import BinaryConv2d, BinaryLayer, BinaryLinear, binary_layers
-from .levels import ElasticLevels, SignedLevels
+from .levels import LearnedLevels, SignedLevels
 from .packed import PACKED, is_packed
 
 if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
@@ -175,7 +175,7 @@ def calibrate_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
 
 def _run_watched(model: nn.Module, run: Callable[[], object], watch: Callable[[BinaryLayer, tuple], None]) -> None:
     """`run()` in evaluation mode, with `watch(layer, inputs)` called before each binary layer."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # parts may be frozen in evaluation
     hooks = [layer.register_forward_pre_hook(watch) for layer in binary_layers(model)]
     try:
         model.eval()
@@ -183,7 +183,8 @@ def _run_watched(model: nn.Module, run: Callable[[], object], watch: Callable[[B
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()
@@ -216,7 +217,7 @@ def pack_(model: nn.Module, commit: bool = False) -> nn.Module:
 
 def has_fresh_levels(model: nn.Module) -> bool:
     """Whether any learned levels are as they were made: neither fitted, nor trained, nor loaded."""
-    return any(isinstance(module, ElasticLevels) and module.fresh for module in model.modules())
+    return any(isinstance(module, LearnedLevels) and module.fresh for module in model.modules())
 
 
 def can_pack(model: nn.Module) -> bool:

@@ -71,7 +71,51 @@ class UnsignedLevels(SignedLevels):
         return 0.5, 0.5
 
 
-class ElasticLevels(SignedLevels):
+class LearnedLevels(SignedLevels):
+    """The base of levels with parameters: what they have in common is how they begin."""
+
+    fresh = True  # until they are fitted or loaded
+
+    def reset_parameters(self) -> None:
+        """Back to the initial values."""
+        self.fresh = True
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.fresh = self.fresh and not any(f"{prefix}{name}" in state_dict for name, _ in self.named_parameters())
+
+
+class ThresholdLevels(LearnedLevels):
+    """{-1, 1} around a learned threshold per channel (RSign of ReActNet, arXiv 2003.03488, eq. 4), for `(N, C, H, W)`.
+
+    >>> ThresholdLevels(16).threshold().shape
+    torch.Size([16, 1, 1])
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.offset = nn.Parameter(torch.empty(channels, 1, 1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.offset)
+
+    def threshold(self) -> Tensor:
+        return self.offset
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return x - self.offset
+
+    def fit(self, x: Tensor) -> None:
+        """Nothing to fit: after a batch normalization, 0 halves the inputs."""
+        self.fresh = False
+
+    def extra_repr(self) -> str:
+        return f"channels={self.offset.shape[0]}"
+
+
+class ElasticLevels(LearnedLevels):
     """{-a, a}, or {0, a} if not signed, around a learned b (BiT's elastic binarization, arXiv 2205.13016, eq. 5).
 
     `width` is the paper's alpha, `offset` its beta, both 0-d parameters. The sign is that of (x - b) / a, or of
@@ -91,13 +135,9 @@ class ElasticLevels(SignedLevels):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        super().reset_parameters()
         nn.init.constant_(self.width, self.initial_width)
         nn.init.zeros_(self.offset)
-        self.fresh = True  # until they are fitted or loaded
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.fresh = self.fresh and f"{prefix}width" not in state_dict
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:

@@ -29,7 +29,7 @@ class _PackedWeight(nn.Module):
         self.input_levels = SignedLevels() if levels is None else levels
         out = bytes_shape[0]
         self.register_buffer("weight", torch.zeros(bytes_shape, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_scale", torch.zeros(out, device=device))
+        self.register_buffer("weight_scale", torch.zeros(out, dtype=torch.float32, device=device))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out, device=device)) if bias else None)
 
     @classmethod
@@ -58,6 +58,11 @@ class _PackedWeight(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(
+                f"a packed layer was given {x.dtype} inputs: perhaps the model casts them to the dtype of the layer's "
+                "weight, as T5 does; leave that layer float (skip=..., exclude=...) when the model is made binary"
+            )
         signs, product = self.signs(), self.product
         if torch.is_grad_enabled() and (x.requires_grad or self.training):
             inputs = clipped_sign(self.input_levels.normalize(x)) if self.binary_inputs else x

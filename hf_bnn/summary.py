@@ -49,7 +49,7 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _weights(model: nn.Module) -> int:
-    count = 0
+    count, shared = 0, set()  # a bias may belong to two modules
     for module in model.modules():
         if isinstance(module, PackedLinear | PackedConv2d):
             count += module.signs().numel()
@@ -57,5 +57,7 @@ def _weights(model: nn.Module) -> int:
         elif isinstance(module, nn.Embedding):
             count += module.num_embeddings * module.embedding_dim
         elif not type(module).__module__.startswith(("hf_bnn.methods", "hf_bnn.levels")):
-            count += sum(p.numel() for p in module.parameters(recurse=False))
+            own = [p for p in module.parameters(recurse=False) if p not in shared]
+            shared.update(own)
+            count += sum(p.numel() for p in own)
     return count

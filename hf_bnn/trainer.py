@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, logging
 
 from .checked_trainer import CheckedTrainer
 from .convert import (
@@ -29,7 +29,6 @@ from .convert import (
     pack_,
 )
 from .distillation import TeacherCache, TeacherOutput, hidden_loss, logits_loss
-from .integrity import CorruptCheckpointError
 from .layers import binary_layers
 from .methods import Method, Step, make_method
 from .packed import is_packed
@@ -39,7 +38,6 @@ from .training import (
     hook_optimizer,
     load_method_state,
     method_state,
-    method_state_names,
     parameter_roles,
     partial_evaluation,
     split_groups,
@@ -324,13 +322,11 @@ class BinaryTrainer(CheckedTrainer):
     # Loading
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_latent(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_method(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if not self._load_latent(self.state.best_model_checkpoint):
-            super()._load_best_model()
+        super()._load_best_model()
         self._load_method(self.state.best_model_checkpoint)
 
     def _load_method(self, folder: str) -> None:
@@ -340,18 +336,6 @@ class BinaryTrainer(CheckedTrainer):
             logger.warning(f"{folder} was trained with {trained}: from here on it is {self.method.to_dict()}")
         path = Path(folder) / METHOD_STATE
         load_method_state(self.bare_model, load_file(path) if path.is_file() else {})
-
-    def _load_latent(self, folder: str) -> bool:
-        """Load a checkpoint's weights strictly; False if they are of a kind that Trainer handles."""
-        path = Path(folder) / SAFE_WEIGHTS_NAME
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not path.is_file():
-            return False
-        model, state = self.bare_model, load_file(path)
-        wrong = sorted((model.state_dict().keys() - set(method_state_names(model))) ^ state.keys())
-        if wrong:
-            raise CorruptCheckpointError(f"{path} does not fit the model: {wrong[0]!r} is in only one of the two")
-        model.load_state_dict(state, strict=False)  # the method's state comes from a file of its own
-        return True
 
 
 def packed_copy(model: nn.Module, state_dict: dict[str, Tensor] | None = None, commit: bool = False) -> nn.Module:

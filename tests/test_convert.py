@@ -242,3 +242,10 @@ def test_packed_layers_are_not_binarized_again():
     with pytest.raises(ValueError, match="nothing to binarize"):
         binarize_(pack_(binarize_(net())))
     assert isinstance(pack_(binarize_(net()))[0], PackedLinear)
+
+
+def test_calibration_leaves_a_frozen_module_in_evaluation():
+    model = binarize_(nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4)), levels=lambda name: ElasticLevels()).train()
+    model[0].eval()
+    calibrate_(model, lambda: model(torch.randn(4, 8)))
+    assert [module.training for module in model] == [False, True]

@@ -17,18 +17,18 @@ from hf_bnn import pack_
 
 PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
-    {"functional", "integrity", "allocator"},
+    {"functional", "integrity", "allocator", "activations"},
     {"levels", "products", "methods", "embeddings"},
     {"layers"},
     {"packed", "attention"},
     {"convert", "summary"},
-    {"training", "distillation", "glue"},
-    {"models", "quantizer", "checked_trainer"},
-    {"trainer"},
+    {"training", "diagnostics", "distillation", "glue"},
+    {"models", "selection", "checked_trainer"},
+    {"quantizer", "trainer"},
     {"__init__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-MAY_IMPORT_TRANSFORMERS = {"models", "quantizer", "checked_trainer", "trainer"}
+MAY_IMPORT_TRANSFORMERS = {"models", "selection", "quantizer", "checked_trainer", "trainer"}
 
 
 class Import(NamedTuple):

@@ -5,10 +5,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
-from hf_bnn import BinaryBertConfig, BinaryBertForSequenceClassification, binarize_, install_method
+from hf_bnn import (
+    BinaryBertConfig,
+    BinaryBertForSequenceClassification,
+    BinaryResNetConfig,
+    BinaryResNetForImageClassification,
+    BinaryViTConfig,
+    BinaryViTForImageClassification,
+    binarize_,
+    install_method,
+)
 from hf_bnn.attention import BinaryAttention
+from hf_bnn.convert import replace_modules
 from hf_bnn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.methods import METHODS, Fsg, IRNet, Method, Step, Stompp, Surge
 from hf_bnn.training import begin_step, end_backward, hook_optimizer
@@ -20,6 +30,17 @@ SIZE = {
     "num_attention_heads": 2,
     "intermediate_size": 64,
     "max_position_embeddings": 32,
+}
+
+VIT_SIZE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 8,
+    "patch_size": 4,
+    "encoder_stride": 4,
+    "num_labels": 3,
 }
 
 EVERY_METHOD = [
@@ -66,6 +87,40 @@ def tiny_batch(rows: int = 4, tokens: int = 6, labels: int = 2) -> dict[str, Ten
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": input_ids[:, 0] % labels}
 
 
+def tiny_vit(**kwargs: Any) -> BinaryViTForImageClassification:
+    """A binary ViT of two layers, with plain STE installed; `kwargs` go to its config."""
+    return BinaryViTForImageClassification(BinaryViTConfig(**{**VIT_SIZE, **kwargs}))
+
+
+def tiny_float_vit(**kwargs: Any) -> ViTForImageClassification:
+    """transformers' own ViT, of the same size."""
+    return ViTForImageClassification(ViTConfig(**{**VIT_SIZE, **kwargs}))
+
+
+def tiny_images(rows: int = 4, labels: int = 3, size: int = 8, channels: int = 3) -> dict[str, Tensor]:
+    """`rows` images of noise. The labels can be learned: an image of label n is brighter in its n-th third."""
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(rows, channels, size, size, generator=generator)
+    answers = torch.arange(rows) % labels
+    for image, answer in zip(pixel_values, answers, strict=True):
+        image[:, :, answer * size // labels : (answer + 1) * size // labels] += 2
+    return {"pixel_values": pixel_values, "labels": answers}
+
+
+@torch.no_grad()
+def scramble(model: nn.Module) -> nn.Module:
+    """Give every parameter another value, in place: whatever a file then does not restore is seen."""
+    for parameter in model.parameters():
+        parameter.add_(torch.rand_like(parameter) * 0.2)
+    return model
+
+
+def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """The names of all that is not the same in both state dicts."""
+    shared = one.keys() & other.keys()
+    return [*(one.keys() ^ other.keys()), *(key for key in shared if not torch.equal(one[key], other[key]))]
+
+
 class TinyMLP(nn.Sequential):
     """`(..., 12) -> (..., 3)`: a float first and last layer, two binary ones between them."""
 
@@ -99,7 +154,7 @@ class Net(NamedTuple):
 
     def output(self) -> Tensor:
         """The logits."""
-        result = self.model(**self.batch) if "input_ids" in self.batch else self.model(self.batch["x"])
+        result = self.model(self.batch["x"]) if "x" in self.batch else self.model(**self.batch)
         return getattr(result, "logits", result)
 
     def loss(self) -> Tensor:
@@ -155,7 +210,31 @@ def bert_net() -> Net:
     return Net(tiny_model(num_hidden_layers=1), tiny_batch(8))
 
 
-NETS = {"linear": linear_net, "conv2d": conv2d_net, "matmul": matmul_net, "bert": bert_net}
+def vit_net() -> Net:
+    return Net(tiny_vit(num_hidden_layers=1), tiny_images(12))
+
+
+def tiny_resnet(**kwargs: Any) -> BinaryResNetForImageClassification:
+    """A binary ResNet of two basic blocks, with plain STE installed; `kwargs` go to its config."""
+    size = {"layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
+    return BinaryResNetForImageClassification(BinaryResNetConfig(stem="cifar", **{**size, **kwargs}))
+
+
+def resnet_net() -> Net:
+    """Normalized per image: with BatchNorm the gradient of two half batches is not that of the whole one."""
+    model = tiny_resnet()
+    replace_modules(model, lambda _, m: nn.GroupNorm(4, m.num_features) if isinstance(m, nn.BatchNorm2d) else None)
+    return Net(model, tiny_images(12))
+
+
+NETS = {
+    "linear": linear_net,
+    "conv2d": conv2d_net,
+    "matmul": matmul_net,
+    "bert": bert_net,
+    "vit": vit_net,
+    "resnet": resnet_net,
+}
 
 
 def make_net(kind: str, method: Method) -> Net:

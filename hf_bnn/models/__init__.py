@@ -1,10 +1,72 @@
 """Binary model families. Importing this registers them with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from .bert import BinaryBertConfig, BinaryBertForSequenceClassification
+from .bert import (
+    BinaryBertConfig,
+    BinaryBertForMaskedLM,
+    BinaryBertForMultipleChoice,
+    BinaryBertForQuestionAnswering,
+    BinaryBertForSequenceClassification,
+    BinaryBertForTokenClassification,
+    BinaryBertModel,
+)
+from .resnet import (
+    BinaryResNetBackbone,
+    BinaryResNetConfig,
+    BinaryResNetForImageClassification,
+    BinaryResNetModel,
+)
+from .vit import (
+    BinaryViTConfig,
+    BinaryViTForImageClassification,
+    BinaryViTForMaskedImageModeling,
+    BinaryViTModel,
+)
 
-AutoConfig.register(BinaryBertConfig.model_type, BinaryBertConfig)
-AutoModelForSequenceClassification.register(BinaryBertConfig, BinaryBertForSequenceClassification)
+MODELS = {
+    AutoBackbone: (BinaryResNetBackbone,),
+    AutoModel: (BinaryBertModel, BinaryResNetModel, BinaryViTModel),
+    AutoModelForImageClassification: (BinaryResNetForImageClassification, BinaryViTForImageClassification),
+    AutoModelForMaskedImageModeling: (BinaryViTForMaskedImageModeling,),
+    AutoModelForMaskedLM: (BinaryBertForMaskedLM,),
+    AutoModelForMultipleChoice: (BinaryBertForMultipleChoice,),
+    AutoModelForQuestionAnswering: (BinaryBertForQuestionAnswering,),
+    AutoModelForSequenceClassification: (BinaryBertForSequenceClassification,),
+    AutoModelForTokenClassification: (BinaryBertForTokenClassification,),
+}
 
-__all__ = ["BinaryBertConfig", "BinaryBertForSequenceClassification"]
+for config in (BinaryBertConfig, BinaryResNetConfig, BinaryViTConfig):
+    AutoConfig.register(config.model_type, config)
+for auto, classes in MODELS.items():
+    for cls in classes:
+        auto.register(cls.config_class, cls)
+
+__all__ = [
+    "BinaryBertConfig",
+    "BinaryBertForMaskedLM",
+    "BinaryBertForMultipleChoice",
+    "BinaryBertForQuestionAnswering",
+    "BinaryBertForSequenceClassification",
+    "BinaryBertForTokenClassification",
+    "BinaryBertModel",
+    "BinaryResNetBackbone",
+    "BinaryResNetConfig",
+    "BinaryResNetForImageClassification",
+    "BinaryResNetModel",
+    "BinaryViTConfig",
+    "BinaryViTForImageClassification",
+    "BinaryViTForMaskedImageModeling",
+    "BinaryViTModel",
+]

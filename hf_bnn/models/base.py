@@ -14,25 +14,28 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..activations import RPReLU
 from ..convert import empty_packed_, install_method, matches, replace_modules, to_binary_
 from ..embeddings import BinaryEmbedding, Int8Embedding
 from ..functional import WEIGHT_SCALINGS
 from ..integrity import CorruptCheckpointError, file_digest, verify_files
 from ..layers import BINARIZE
-from ..levels import ElasticLevels, SignedLevels
-from ..packed import is_packed
+from ..levels import ElasticLevels, LearnedLevels, SignedLevels
+from ..packed import PACKED, is_packed
 from ..training import method_state_names
 
 logger = logging.get_logger(__name__)
 
 EMBEDDINGS = {"float": None, "int8": Int8Embedding, "binary": BinaryEmbedding}
+OWN_PARTS = (LearnedLevels, RPReLU)  # modules whose parameters a float checkpoint lacks
+OPTIONAL = ("*pooler.*", "*mask_token")  # of the encoder, but not under every head
 WEIGHT_FORMATS = ("float", "latent", "packed")
 
 
 def check_choice(field: str, value: object, choices) -> None:
     """Raise ValueError, with the field, the value and the choices, unless `value` is one of them."""
     if value not in choices:
-        raise ValueError(f"{field}={value!r}: expected one of {', '.join(choices)}")
+        raise ValueError(f"{field}={value!r}: expected one of {', '.join(map(str, choices))}")
 
 
 @dataclass
@@ -40,8 +43,11 @@ class BinaryConfigFields:
     """The structure of a binary model, as fields of its config. How it is trained is the trainer's business."""
 
     float_model_type: ClassVar[str]  # the model_type of the float checkpoints that this family reads
+    also_reads: ClassVar[tuple[str, ...]] = ()  # the model_type of others whose weights it can take
 
-    binarize: str = "both"  # both | weights | activations
+    levels_choices: ClassVar[tuple[str, ...]] = ("elastic", "signed")
+
+    binarize: str = "both"  # both | weights | activations | none: a float model of the same structure
     levels: str = "elastic"  # of the binary layers' inputs: elastic | signed
     weight_scaling: str = "channel"  # one scale per output channel, per layer, or none: channel | layer | none
     skip: list[str] | None = None  # patterns of the module names that stay float; None: the family's own
@@ -52,19 +58,24 @@ class BinaryConfigFields:
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.model_type = type(self).model_type  # a float checkpoint's config brings its own
-        check_choice("binarize", self.binarize, BINARIZE)
-        check_choice("levels", self.levels, ("elastic", "signed"))
+        check_choice("binarize", self.binarize, (*BINARIZE, "none"))
+        check_choice("levels", self.levels, self.levels_choices)
         check_choice("weight_scaling", self.weight_scaling, WEIGHT_SCALINGS)
         check_choice("weight_format", self.weight_format, WEIGHT_FORMATS)
+        if self.weight_format == "packed" and self.binarize == "none":
+            raise ValueError(
+                "a packed checkpoint cannot be made float with binarize='none': load it, and hf_bnn.unpack_ it"
+            )
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         found = config.get("model_type", cls.float_model_type)
-        if found not in (cls.float_model_type, cls.model_type):
+        floats = (cls.float_model_type, *cls.also_reads)
+        if found not in (*floats, cls.model_type):
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a {found!r} model: {cls.__name__} reads "
-                f"{cls.float_model_type!r} (float) and {cls.model_type!r} (binary) checkpoints"
+                f"{', '.join(map(repr, floats))} (float) and {cls.model_type!r} (binary) checkpoints"
             )
         return {**config, "model_type": cls.model_type}, kwargs
 
@@ -85,12 +96,19 @@ class BinaryModelMixin:
         super().__init__(config, *args, **kwargs)
         self.loaded_format = config.weight_format
         self.rewrite()
+        if config.binarize == "none":
+            return
         to_binary_(self, config.skip, config.binarize, self.input_levels, config.weight_scaling)
         if config.weight_format == "packed":
             empty_packed_(self)
         else:
             install_method(self)
             config.weight_format = "latent"
+
+    @property
+    def record(self) -> BinaryConfigFields:
+        """Where it is written what is binary, and what the checkpoint holds."""
+        return self.config
 
     def prepare_config(self, config) -> None:
         """Settle, before the float model is built, whatever its building reads from the config."""
@@ -112,6 +130,15 @@ class BinaryModelMixin:
 
             replace_modules(self, rounded)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers. Raises ValueError for a packed table."""
+        if isinstance(self.get_input_embeddings(), tuple(PACKED.values())):
+            raise ValueError(
+                "the word table is packed: its rows are integers and cannot be resized. Call hf_bnn.unpack_(model), "
+                "resize, train the new rows, and pack it again"
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
     # Loading: hooks of PreTrainedModel.from_pretrained.
 
     @staticmethod
@@ -121,24 +148,43 @@ class BinaryModelMixin:
             # The Hub's cache links each name to a blob: look at the name that was asked for.
             if path.name in digests:
                 verify_files(path.parent, {path.name: digests[path.name]})
+        found = (state_dict, checkpoint_files)
         try:
+            found = model.float_weights(*found) if model.loaded_format == "float" else found
             parent = super(BinaryModelMixin, type(model))._load_pretrained_model
-            return parent(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+            return parent(model, *found, load_config, *args, **kwargs)
         except SafetensorError as error:
             raise CorruptCheckpointError(
                 f"{', '.join(map(str, checkpoint_files))} cannot be read ({error}): fetch or save it again"
             ) from error
 
+    def float_weights(
+        self, state_dict: dict[str, Tensor] | None, files: list[str] | None
+    ) -> tuple[dict[str, Tensor] | None, list[str] | None]:
+        """What to load of a float checkpoint, given in memory or in files: another family's, in this one's names."""
+        return state_dict, files
+
     def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs):
-        # Levels may be new in a latent checkpoint: it is how weights-only training goes on with binary inputs.
-        known = self.head_prefixes if self.loaded_format == "packed" else (*self.head_prefixes, *self.level_prefixes())
-        lost = sorted(key for key in missing_keys if not key.startswith(known))
+        lost = sorted(key for key in missing_keys if not self.may_lack(key))
         if lost and self.loaded_format != "float":
             raise CorruptCheckpointError(
                 f"the {self.loaded_format} checkpoint {self.config.name_or_path!r} lacks {lost[0]!r} and "
                 f"{len(lost) - 1} more tensors (or they have another shape): fetch or save it again"
             )
         super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
+
+    def may_lack(self, key: str) -> bool:
+        """Whether a binary checkpoint may come without the tensor `key`, which then starts afresh.
+
+        True of what another head does not have, unless it is packed: bits that are missing would be random ones.
+        """
+        # Levels may be new in a latent checkpoint: it is how weights-only training goes on with binary inputs.
+        if self.loaded_format == "latent" and key.startswith(self.level_prefixes()):
+            return True
+        if isinstance(self.get_submodule(key.rpartition(".")[0]), tuple(PACKED.values())):
+            return False
+        encoder = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
+        return not key.startswith(encoder) or matches(key, OPTIONAL)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
@@ -147,14 +193,14 @@ class BinaryModelMixin:
         loading_info.missing_keys = {key for key in loading_info.missing_keys if not key.startswith(fresh)}
 
     def level_prefixes(self) -> tuple[str, ...]:
-        """How the state dict's keys of all levels begin."""
-        return tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, SignedLevels))
+        """How the state dict's keys of all levels, and of other parts that float models lack, begin."""
+        return tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, OWN_PARTS))
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
         for module in self.modules():  # the stock model's own walk does not know them
-            if isinstance(module, ElasticLevels):
-                if getattr(module.width, "_is_hf_initialized", False):
+            if isinstance(module, OWN_PARTS):
+                if all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
                     module.fresh = False
                 else:
                     module.reset_parameters()
@@ -175,7 +221,9 @@ class BinaryModelMixin:
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
         for name in method_state_names(self):
             state_dict.pop(name, None)
-        self.config.weight_format = "packed" if is_packed(self) else "latent"
+        record = self.record
+        latent = "float" if record.binarize == "none" else "latent"
+        record.weight_format = "packed" if is_packed(self) else latent
         if not is_main_process:
             return
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "revision") if key in kwargs}
@@ -184,7 +232,7 @@ class BinaryModelMixin:
         try:
             super().save_pretrained(staging, state_dict=state_dict, **kwargs)
             weights = sorted(p.name for p in Path(staging).iterdir() if p.suffix == ".safetensors")
-            self.config.weights_sha256 = {name: file_digest(Path(staging) / name) for name in weights}
+            record.weights_sha256 = {name: file_digest(Path(staging) / name) for name in weights}
             self.config.save_pretrained(staging)
             publish(staging, save_directory, kwargs.get("variant"))
         except (OSError, SafetensorError) as error:

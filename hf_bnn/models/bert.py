@@ -2,27 +2,33 @@
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
 )
-from transformers.masking_utils import eager_mask
-from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertSelfAttention
 
-from ..attention import BinaryAttention
-from ..levels import ElasticLevels, SignedLevels, UnsignedLevels
-from .base import EMBEDDINGS, BinaryConfigFields, BinaryModelMixin, check_choice
+from ..convert import matches
+from ..embeddings import RoundedEmbedding
+from ..functional import straight_through
+from .base import EMBEDDINGS, check_choice
+from .transformer import BinaryTransformerMixin, TransformerConfigFields
 
-ATTENTION = "hf_bnn"
 FFN_DOWN = ".output.dense"
-CLASSIFIER = ("classifier",)
+HEADS = ("classifier", "cls.*", "qa_outputs")
 POOLER = ("*pooler*",)
+DECODER = "cls.predictions.decoder"
 
 
-class BinaryBertConfig(BinaryConfigFields, BertConfig):
+class BinaryBertConfig(TransformerConfigFields, BertConfig):
     """The config of a binary BERT: BertConfig's fields, and what is binary.
 
     - `binarize`: "both", "weights" or "activations".
@@ -34,68 +40,98 @@ class BinaryBertConfig(BinaryConfigFields, BertConfig):
     - `skip`: shell-style patterns of modules that stay float; None is resolved once and stored.
 
     >>> BinaryBertConfig(embeddings="binary").skip
-    ['classifier']
+    ['classifier', 'cls.*', 'qa_outputs']
     """
 
     model_type = "hf_bnn_bert"
     float_model_type = "bert"
 
-    attention: str = "float"
     embeddings: str = "int8"
-    ffn_levels: str = "elastic"
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        check_choice("attention", self.attention, ("float", "binary"))
         check_choice("embeddings", self.embeddings, tuple(EMBEDDINGS))
-        check_choice("ffn_levels", self.ffn_levels, ("elastic", "unsigned"))
         if self.skip is None:
-            self.skip = list(CLASSIFIER if self.embeddings == "binary" else CLASSIFIER + POOLER)
+            self.skip = list(HEADS if self.embeddings == "binary" else HEADS + POOLER)
 
 
-def binary_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """transformers' attention interface around the layer's own `BinaryAttention`."""
-    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-    context, probabilities = module.binary_attention(query, key, value, attention_mask, scaling, dropout)
-    return context.transpose(1, 2).contiguous(), probabilities
-
-
-AttentionInterface.register(ATTENTION, binary_attention)
-AttentionMaskInterface.register(ATTENTION, eager_mask)  # without it the padding mask is silently dropped
-
-
-class BinaryBertMixin(BinaryModelMixin):
+class BinaryBertMixin(BinaryTransformerMixin):
     """What makes any BERT head binary."""
 
-    head_prefixes = ("classifier.",)
+    config_class = BinaryBertConfig
+    attention_class = BertSelfAttention
     config: BinaryBertConfig
 
-    def prepare_config(self, config: BinaryBertConfig) -> None:
-        if config.attention == "binary":  # not stored in config.json by transformers
-            config._attn_implementation = ATTENTION
+    @staticmethod
+    def follows_gelu(name: str) -> bool:
+        return name.endswith(FFN_DOWN) and not name.endswith(f"attention{FFN_DOWN}")
 
     def rewrite(self) -> None:
+        super().rewrite()
+        if self.config.binarize == "none":
+            return
         self.replace_tables(self.config.embeddings, ("*embeddings.word_embeddings",))
         if self.config.embeddings == "binary":
             self.replace_tables("binary", ("*embeddings.position_embeddings",))
-        if self.config.attention == "binary":
-            for module in list(self.modules()):
-                if isinstance(module, BertSelfAttention):
-                    module.binary_attention = BinaryAttention()
+        if f"{DECODER}.weight" in self.all_tied_weights_keys:
+            self.tie_to_rounded_rows(self.cls.predictions)
 
-    def input_levels(self, name: str) -> SignedLevels:
-        if name.endswith(FFN_DOWN) and not name.endswith(f"attention{FFN_DOWN}"):  # sees GELU's outputs
-            return ElasticLevels(signed=False) if self.config.ffn_levels == "elastic" else UnsignedLevels()
-        return super().input_levels(name)
+    def tie_to_rounded_rows(self, head: nn.Module) -> None:
+        """Let the masked-language head see the word table as the encoder sees it: rounded, unless it is float."""
+        if self.config.embeddings != "float":
+            head.decoder = RoundedDecoder(self.bert.embeddings, head.decoder.bias)
+            del self.all_tied_weights_keys[f"{DECODER}.weight"]
+            self._tied_weights_keys = dict(self.all_tied_weights_keys)
+        elif not matches(DECODER, self.config.skip):
+            raise ValueError(
+                f"skip={self.config.skip} makes {DECODER!r} binary, but it is tied to float word embeddings: "
+                "add 'cls.*', or untie them with tie_word_embeddings=False"
+            )
+
+
+class RoundedDecoder(nn.Module):
+    """`(..., dim) -> (..., rows)`: products with the rows of the word table, as it rounds them, plus a bias.
+
+    The table remains the embeddings': it is in a state dict once, latent or packed.
+    """
+
+    def __init__(self, embeddings: BertEmbeddings, bias: nn.Parameter):
+        super().__init__()
+        self.embeddings = (embeddings,)  # in a tuple: a submodule's parameters would be listed here again
+        self.bias = bias
+
+    @property
+    def table(self) -> nn.Embedding:
+        """The word table, whichever it is now: packing replaces it."""
+        return self.embeddings[0].word_embeddings
+
+    @property
+    def weight(self) -> Tensor:
+        """The table's parameter: transformers goes by its shape where it resizes a vocabulary."""
+        return self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table
+        rows = table(torch.arange(table.num_embeddings, device=x.device))
+        if isinstance(table, RoundedEmbedding):  # the padding token's row learns too, as it does in transformers
+            rows = straight_through(rows.detach(), table.weight)
+        return F.linear(x, rows, self.bias)
+
+
+class BinaryBertModel(BinaryBertMixin, BertModel):
+    """BertModel with binary weights and activations.
+
+    >>> config = BinaryBertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    >>> model = BinaryBertModel(config, add_pooling_layer=False)
+    """
+
+
+class BinaryBertForMaskedLM(BinaryBertMixin, BertForMaskedLM):
+    """BertForMaskedLM with binary weights and activations. Its decoder, if tied, sees the rounded word table.
+
+    >>> config = BinaryBertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    >>> model = BinaryBertForMaskedLM(config)
+    """
 
 
 class BinaryBertForSequenceClassification(BinaryBertMixin, BertForSequenceClassification):
@@ -107,4 +143,14 @@ class BinaryBertForSequenceClassification(BinaryBertMixin, BertForSequenceClassi
     >>> model = BinaryBertForSequenceClassification(config)
     """
 
-    config_class = BinaryBertConfig
+
+class BinaryBertForTokenClassification(BinaryBertMixin, BertForTokenClassification):
+    """BertForTokenClassification with binary weights and activations."""
+
+
+class BinaryBertForMultipleChoice(BinaryBertMixin, BertForMultipleChoice):
+    """BertForMultipleChoice with binary weights and activations."""
+
+
+class BinaryBertForQuestionAnswering(BinaryBertMixin, BertForQuestionAnswering):
+    """BertForQuestionAnswering with binary weights and activations."""

@@ -1,0 +1,74 @@
+"""What binary transformers share: config fields, attention with binary products, the levels behind GELU."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from ..attention import BinaryAttention
+from ..levels import ElasticLevels, SignedLevels, UnsignedLevels
+from .base import BinaryConfigFields, BinaryModelMixin, check_choice
+
+ATTENTION = "hf_bnn"
+
+
+@dataclass
+class TransformerConfigFields(BinaryConfigFields):
+    """The structure of a binary transformer, as fields of its config."""
+
+    attention: str = "float"  # the two attention products: float | binary
+    ffn_levels: str = "elastic"  # of the second FFN layer's input, which follows GELU: elastic | unsigned
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        check_choice("attention", self.attention, ("float", "binary"))
+        check_choice("ffn_levels", self.ffn_levels, ("elastic", "unsigned"))
+
+
+def binary_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """transformers' attention interface around the layer's own `BinaryAttention`."""
+    scaling = query.size(-1) ** -0.5 if scaling is None else scaling
+    context, probabilities = module.binary_attention(query, key, value, attention_mask, scaling, dropout)
+    return context.transpose(1, 2).contiguous(), probabilities
+
+
+AttentionInterface.register(ATTENTION, binary_attention)
+AttentionMaskInterface.register(ATTENTION, eager_mask)  # without it the padding mask is silently dropped
+
+
+class BinaryTransformerMixin(BinaryModelMixin):
+    """What makes any transformer binary. The family says which class its attention has, and where GELU's outputs go."""
+
+    attention_class: ClassVar[type[nn.Module]]
+    config: TransformerConfigFields
+
+    @staticmethod
+    def follows_gelu(name: str) -> bool:
+        """Whether the layer called `name` is the second of an FFN."""
+        raise NotImplementedError("a binary transformer must say which layers see GELU's outputs")
+
+    def prepare_config(self, config: TransformerConfigFields) -> None:
+        if config.attention == "binary" and config.binarize != "none":  # not stored in config.json by transformers
+            config._attn_implementation = ATTENTION
+
+    def rewrite(self) -> None:
+        if self.config.attention == "binary" and self.config.binarize != "none":
+            for module in list(self.modules()):
+                if isinstance(module, self.attention_class):
+                    module.binary_attention = BinaryAttention()
+
+    def input_levels(self, name: str) -> SignedLevels:
+        if self.follows_gelu(name):
+            return ElasticLevels(signed=False) if self.config.ffn_levels == "elastic" else UnsignedLevels()
+        return super().input_levels(name)

@@ -1,0 +1,108 @@
+"""Binary ViT: config, recipe and model classes. Its weights may come from ViT or DeiT checkpoints."""
+
+import re
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_utils import load_state_dict
+from transformers.models.vit.modeling_vit import ViTAttention
+from transformers.utils import logging
+
+from .transformer import BinaryTransformerMixin, TransformerConfigFields
+
+logger = logging.get_logger(__name__)
+
+SKIP = ("*patch_embeddings*", "*pooler*", "classifier", "decoder*")
+
+
+class BinaryViTConfig(TransformerConfigFields, ViTConfig):
+    """The config of a binary ViT: ViTConfig's fields, and what is binary.
+
+    - `binarize`: "both", "weights" or "activations".
+    - `attention`: "float", or "binary" for the two attention products too.
+    - `levels`: "elastic" (learned scale and threshold) or "signed" ({-1, 1}); `ffn_levels`, of the second FFN layer's
+      input, which follows GELU: "elastic" ({0, a}, learned) or "unsigned" ({0, 1}).
+    - `skip`: shell-style patterns of modules that stay float; None is resolved once and stored.
+
+    >>> BinaryViTConfig(image_size=32, patch_size=4).skip
+    ['*patch_embeddings*', '*pooler*', 'classifier', 'decoder*']
+    """
+
+    model_type = "hf_bnn_vit"
+    float_model_type = "vit"
+    also_reads: ClassVar[tuple[str, ...]] = ("deit",)
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        if self.skip is None:
+            self.skip = list(SKIP)
+
+
+class BinaryViTMixin(BinaryTransformerMixin):
+    """What makes any ViT head binary."""
+
+    config_class = BinaryViTConfig
+    attention_class = ViTAttention
+    config: BinaryViTConfig
+
+    @staticmethod
+    def follows_gelu(name: str) -> bool:
+        return name.endswith("mlp.fc2")
+
+    def float_weights(
+        self, state_dict: dict[str, Tensor] | None, files: list[str] | None
+    ) -> tuple[dict[str, Tensor] | None, list[str] | None]:
+        found = state_dict or {key: value for path in files or () for key, value in load_state_dict(path).items()}
+        if any(key.endswith("distillation_token") for key in found):
+            return without_distillation(found), None
+        return state_dict, files
+
+
+def without_distillation(deit: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DeiT's weights under the names of ViT's, without what belongs to the distillation token. Warns of the loss."""
+    kept = {re.sub(r"^deit\.", "vit.", key): value for key, value in deit.items() if "distillation" not in key}
+    kept = {key.replace("cls_classifier", "classifier"): value for key, value in kept.items()}
+    for key in [key for key in kept if key.endswith("position_embeddings")]:  # class, distillation, patches
+        kept[key] = torch.cat((kept[key][:, :1], kept[key][:, 2:]), 1)
+    lost = ", ".join(sorted(key for key in deit if "distillation" in key))
+    logger.warning(
+        f"a ViT has no distillation token: {lost} and the token's row of the position embeddings are dropped from this "
+        "DeiT checkpoint; its accuracy is that of the class token alone"
+    )
+    return kept
+
+
+class BinaryViTModel(BinaryViTMixin, ViTModel):
+    """ViTModel with binary weights and activations.
+
+    >>> config = BinaryViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    >>> model = BinaryViTModel(config)
+    """
+
+
+class BinaryViTForImageClassification(BinaryViTMixin, ViTForImageClassification):
+    """ViTForImageClassification with binary weights and activations.
+
+    `from_pretrained` reads float ViT and DeiT checkpoints (their weights become the latent ones; of DeiT's, the
+    distillation token is dropped), latent and packed ones.
+
+    >>> config = BinaryViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    >>> model = BinaryViTForImageClassification(config)
+    """
+
+
+class BinaryViTForMaskedImageModeling(BinaryViTMixin, ViTForMaskedImageModeling):
+    """ViTForMaskedImageModeling with binary weights and activations.
+
+    >>> config = BinaryViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    >>> model = BinaryViTForMaskedImageModeling(config)
+    """
+
+
+# transformers renames by class name: it finds the ViTModel within the heads, but not a base model that is ours.
+register_checkpoint_conversion_mapping(
+    BinaryViTModel.__name__, get_checkpoint_conversion_mapping(ViTModel.__name__), overwrite=True
+)

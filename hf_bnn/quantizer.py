@@ -1,0 +1,264 @@
+"""Any other architecture: `from_pretrained(name, quantization_config=BinaryConfig())`, by transformers' plug-in."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_utils import _load_parameter_into_model
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .convert import empty_packed_, install_method, to_binary_
+from .functional import WEIGHT_SCALINGS
+from .integrity import CorruptCheckpointError, verify_files
+from .layers import BINARIZE, binary_layers
+from .levels import ElasticLevels, LearnedLevels, SignedLevels, UnsignedLevels
+from .models.base import BinaryModelMixin, check_choice
+from .packed import is_packed
+from .selection import candidates, check_patterns, choose_layers, covered, default_exclude, head_layers
+
+NAME = "hf_bnn"
+
+
+@register_quantization_config(NAME)
+class BinaryConfig(QuantizationConfigMixin):
+    """What is binary in a model that has no binary class of its own. It becomes `quantization_config` in config.json.
+
+    - `binarize`: "both", "weights" or "activations".
+    - `levels` of the binary layers' inputs: "elastic" (learned scale and threshold) or "signed" ({-1, 1}).
+    - `unsigned`: patterns of the layers whose inputs are hardly ever negative, after ReLU or GELU: {0, a}, or {0, 1}.
+    - `weight_scaling`: one scale per output "channel", per "layer", or "none".
+    - `include`, `exclude`: patterns of the layers that become binary, and of those that stay float. include=None: all
+      nn.Linear and nn.Conv2d. exclude=None: heads and output embeddings, what reads the image, poolers, and what
+      cannot be binary; settled once, when the model is built, and stored.
+    - `weight_format`, `weights_sha256`: what the checkpoint holds, "latent" or "packed", written when it is saved.
+
+    Patterns are shell-style, over the modules' dotted names with or without the base model's prefix; a module's pattern
+    covers all within it. Whoever loads the result imports hf_bnn first: without it transformers skips the plug-in.
+
+    >>> config = BinaryConfig(levels="signed", exclude=["lm_head"])
+    >>> BinaryConfig.from_dict(config.to_dict()).exclude
+    ['lm_head']
+    """
+
+    def __init__(
+        self,
+        binarize: str = "both",
+        levels: str = "elastic",
+        unsigned: list[str] | None = None,
+        weight_scaling: str = "channel",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        weight_format: str = "latent",
+        weights_sha256: dict[str, str] | None = None,
+        quant_method: str = NAME,
+    ):
+        check_choice("binarize", binarize, BINARIZE)
+        check_choice("levels", levels, ("elastic", "signed"))
+        check_choice("weight_scaling", weight_scaling, WEIGHT_SCALINGS)
+        check_choice("weight_format", weight_format, ("latent", "packed"))
+        check_choice("quant_method", quant_method, (NAME,))
+        self.quant_method = quant_method
+        self.binarize, self.levels, self.weight_scaling = binarize, levels, weight_scaling
+        self.unsigned = _patterns("unsigned", unsigned)
+        self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
+        self.weight_format, self.weights_sha256 = weight_format, weights_sha256
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+        known = list(inspect.signature(cls).parameters)
+        if unknown := sorted(config_dict.keys() - set(known)):
+            raise ValueError(
+                f"quantization_config has the unknown keys {unknown}: this hf_bnn knows {known}. "
+                "Upgrade hf_bnn if a newer one wrote them, or take them out"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
+    def apply_(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Make a float model that is in memory binary, in place, as from_pretrained does with one that it loads.
+
+        For models made by `from_config`, which leaves quantization_config out.
+        """
+        quantizer = BinaryQuantizer(self, pre_quantized=False)
+        quantizer.preprocess_model(model)
+        model.hf_quantizer = quantizer
+        quantizer.postprocess_model(model)
+        return model
+
+    def input_levels(self, name: str, base: str) -> SignedLevels:
+        """The levels of the input of the layer `name`, in a model whose base model is called `base`."""
+        signed = not covered(name, self.unsigned or [], base)
+        if self.levels == "elastic":
+            return ElasticLevels(signed)
+        return SignedLevels() if signed else UnsignedLevels()
+
+    def choose(self, model: PreTrainedModel, built: bool = False) -> list[str]:
+        """The names of the layers of `model` that are to be binary; settles `exclude`.
+
+        `built`: the model was binary before it was saved, perhaps under another head. Raises ValueError for a pattern
+        that matches nothing, for a layer that cannot be binary, and if no layer is left.
+        """
+        if self.exclude is None:
+            self.exclude = default_exclude(model)
+        elif built and type(model).__name__ not in (model.config.architectures or ()):
+            self.exclude = list(dict.fromkeys([*self.exclude, *head_layers(model)]))
+        if not built:
+            layers, modules = list(candidates(model)), [name for name, _ in model.named_modules() if name]
+            check_patterns(model, "include", self.include, layers, "nn.Linear or nn.Conv2d")
+            check_patterns(model, "unsigned", self.unsigned, layers, "nn.Linear or nn.Conv2d")
+            check_patterns(model, "exclude", self.exclude, modules, "module")
+        return choose_layers(model, self.include, self.exclude)
+
+
+def _patterns(field: str, patterns: list[str] | tuple[str, ...] | None) -> list[str] | None:
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
+        raise ValueError(f"{field}={patterns!r}: expected a list of patterns, as in {field}=['lm_head', '*.pooler']")
+    return None if patterns is None else list(patterns)
+
+
+@register_quantizer(NAME)
+class BinaryQuantizer(HfQuantizer):
+    """Makes the linear and conv2d layers of a model binary between its construction and the loading of its weights."""
+
+    quantization_config: BinaryConfig
+
+    def __init__(self, quantization_config: BinaryConfig, **kwargs: Any):
+        # A copy: what is settled for one model must not reach the next that is loaded with the same config.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        if not self.pre_quantized and self.quantization_config.weight_format == "packed":
+            raise ValueError(
+                "weight_format='packed' says what a binary checkpoint holds, but these weights are float: leave it "
+                "out, train the model, and call hf_bnn.pack_(model)"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        config, base = self.quantization_config, model.base_model_prefix
+        if binary_layers(model) or is_packed(model):
+            raise ValueError(f"{type(model).__name__} is binary already: leave BinaryConfig out")
+        layers = set(config.choose(model, built=self.pre_quantized))
+        rest = [name for name in candidates(model) if name not in layers]
+        if self.pre_quantized:
+            _verify(checkpoint_files or [], config.weights_sha256 or {})
+        to_binary_(model, rest, config.binarize, lambda name: config.input_levels(name, base), config.weight_scaling)
+        if self.pre_quantized and config.weight_format == "packed":
+            empty_packed_(model)
+        else:
+            install_method(model)
+        model.loaded_format = config.weight_format if self.pre_quantized else "float"
+        model.expected_shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+        model.config.quantization_config = config
+        model.__class__ = _plugged_in(type(model))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model.__dict__.pop("expected_shapes", None)
+        levels = [module for module in model.modules() if isinstance(module, LearnedLevels)]
+        offloaded = any(parameter.is_meta for module in levels for parameter in module.parameters())
+        if offloaded and hasattr(
+            model, "hf_device_map"
+        ):  # its hooks follow calls of modules, and levels are not called
+            raise ValueError(
+                "learned levels cannot be offloaded to the CPU or the disk: choose a device_map that leaves the binary "
+                "layers on a device, or train with levels='signed'"
+            )
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # BinaryTrainer itself refuses packed weights, which hf_bnn.unpack_ makes trainable
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _verify(files: list[str], digests: dict[str, str]) -> None:
+    """Raise CorruptCheckpointError for a weight file that is not as it was saved, or that cannot be read."""
+    for path in map(Path, files):
+        if path.name in digests:
+            verify_files(path.parent, {path.name: digests[path.name]})
+        elif path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise CorruptCheckpointError(f"{path} cannot be read ({error}): fetch or save it again") from error
+
+
+class _PluggedIn(BinaryModelMixin):
+    """What a stock model's class gains: the checks of a binary checkpoint's tensors, and how it is saved."""
+
+    stock: type[PreTrainedModel]
+
+    @property
+    def record(self) -> BinaryConfig:
+        return self.config.quantization_config
+
+    def may_lack(self, key: str) -> bool:
+        return key in self.all_tied_weights_keys or super().may_lack(key)
+
+    def mark_tied_weights_as_initialized(self, loading_info) -> None:
+        for key, shape in self.__dict__.pop("expected_shapes", {}).items():
+            tensor = self.get_parameter_or_buffer(key)
+            if tensor.shape != shape:  # transformers 5.17 takes tensors of any shape where there is a quantizer
+                loading_info.mismatched_keys.add((key, tensor.shape, shape))
+                _load_parameter_into_model(self, key, torch.empty(shape, dtype=tensor.dtype, device="meta"))
+        super().mark_tied_weights_as_initialized(loading_info)
+        if self.loaded_format != "float":
+            # As missing ones they are refused as corrupt; as mismatched ones they would be with advice to ignore them.
+            lost = {found for found in loading_info.mismatched_keys if not self.may_lack(found[0])}
+            loading_info.mismatched_keys -= lost
+            loading_info.missing_keys |= {found[0] for found in lost}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        # Trap: with a quantizer at hand transformers puts the model's own state in the place of the one given, which
+        # FSDP and ZeRO have gathered.
+        quantizer, self.hf_quantizer = getattr(self, "hf_quantizer", None), None
+        try:
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        finally:
+            self.hf_quantizer = quantizer
+
+    def __reduce__(self):
+        return _blank, (self.stock,), self.__dict__
+
+
+@cache
+def _plugged_in(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The binary form of a stock class; under the same name, by which transformers knows it."""
+    if issubclass(stock, _PluggedIn):
+        return stock
+    own = {"__init__": stock.__init__, "from_pretrained": stock.from_pretrained, "stock": stock}
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
+    return type(stock.__name__, (_PluggedIn, stock), {**own, **names})
+
+
+def _blank(stock: type[PreTrainedModel]) -> PreTrainedModel:
+    """An instance that is still to be filled, for copies and pickles."""
+    cls = _plugged_in(stock)
+    return cls.__new__(cls)
