@@ -1,4 +1,4 @@
-"""hf_bnn: binary BERT for Hugging Face. Importing it registers the binary models with the Auto classes."""
+"""hf_bnn: binary BERT, ViT and ResNet for Hugging Face. Importing it registers them with the Auto classes."""
 
 import importlib
 

@@ -9,6 +9,8 @@ from .layers import BinaryConv2d, BinaryLinear, WeightedLayer, rescale, sign_pro
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
 
+LEVELS_POSITION = 8  # of `levels` among the arguments of PackedConv2d
+
 
 class _PackedWeight(nn.Module):
     """What both packed layers share. Comes before the float layer whose place they take."""
@@ -117,9 +119,14 @@ class PackedConv2d(_PackedWeight, nn.Conv2d):
     """`(N, in, H, W) -> (N, out, H', W')` from one bit per weight, bit 1 = negative.
 
     The bits run along the input channels: uint8 `(out, ceil(in / groups / 8), kh, kw)`. Gradients as in PackedLinear.
+    Without `levels` the constructor makes a float nn.Conv2d: PEFT builds its adapters as `type(layer)(in, out, ...)`.
     """
 
     latent = BinaryConv2d
+
+    def __new__(cls, *args, **kwargs):
+        packed = "levels" in kwargs or len(args) > LEVELS_POSITION or not (args or kwargs)  # none: a copy or a pickle
+        return super().__new__(cls) if packed else nn.Conv2d(*args, **kwargs)
 
     def __init__(
         self,

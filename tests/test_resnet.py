@@ -1,11 +1,14 @@
 """Binary ResNet: blocks against their formulas, checkpoints of every kind, the CIFAR networks, and what signs see."""
 
+import copy
 import re
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import Net, optimizer_of, tiny_images, train_steps
 from torch import Tensor, nn
 from transformers import (
     AutoBackbone,
@@ -482,3 +485,27 @@ def test_batch_norm_and_latents_take_no_weight_decay(tmp_path):
     assert spared == {f"{name}.weight" for name in (*convolutions, "classifier.1")}
     trap = decayed(Trainer(stock, TrainingArguments(**arguments)))
     assert "resnet.embedder.embedder.normalization.weight" in trap - spared
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_stock_peft_trains_float_adapters_on_packed_convolutions_and_nothing_else(tmp_path):
+    packed = pack_(binary(stem="cifar"))
+    before = copy.deepcopy(packed.state_dict())
+    lora = LoraConfig(r=4, target_modules=["layer.0.convolution", "layer.1.convolution"])
+    model = get_peft_model(packed, lora).train()
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(learned) == 12
+    assert all("lora_" in name for name in learned)
+    net = Net(model, tiny_images(12))
+    losses = train_steps(net, optimizer_of(net, 0.05), range(15))
+    assert losses[-1] < 0.5 * losses[0]
+    after = model.get_base_model().state_dict()
+    adapted = [key for key in before if ".layer." in key and key.endswith("convolution.weight")]
+    assert len(adapted) == 6
+    assert all(torch.equal(after[key.replace(".weight", ".base_layer.weight")], before[key]) for key in adapted)
+    model.save_pretrained(tmp_path)
+    x = images()
+    expected = logits(model, x)
+    fresh = pack_(binary(stem="cifar"))
+    fresh.load_state_dict({**before, **{key: value for key, value in after.items() if "normalization" in key}})
+    assert torch.equal(logits(PeftModel.from_pretrained(fresh, tmp_path), x), expected)
