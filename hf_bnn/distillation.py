@@ -31,7 +31,8 @@ def logits_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> T
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Mean over layers of the MSE between hidden states, over the teacher's variance; padded tokens do not count.
 
-    A student of fewer layers is held against evenly spaced layers of the teacher. `mask` is `(batch, tokens)`.
+    A student of fewer layers is held against evenly spaced layers of the teacher. `mask` is `(batch, tokens)`. They
+    may also be feature maps, `(batch, channels, height, width)`. Raises ValueError where the shapes differ.
     """
     if student[0].shape[-1] != teacher[0].shape[-1]:
         raise ValueError(
@@ -43,6 +44,11 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
     for index, own in enumerate(student):
         other = teacher[round(index * steps)].float()
         own = own.float()
+        if own.shape != other.shape:
+            raise ValueError(
+                f"the teacher's hidden states are {tuple(other.shape)}, the student's {tuple(own.shape)}: "
+                "set distillation_hidden_weight=0"
+            )
         if mask is not None:
             own, other = own[mask.bool()], other[mask.bool()]
         losses.append(F.mse_loss(own, other) / other.var().clamp_min(1e-8))

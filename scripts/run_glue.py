@@ -13,27 +13,38 @@ What is written: the packed model, `checkpoint-N` folders (latent, to be resumed
 from __future__ import annotations
 
 import logging
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
-import datasets
 import numpy as np
 import torch
-import transformers
+from commandline import (
+    Parser,
+    check_packed_structure,
+    checkpoint_to_resume,
+    run,
+    set_up_logging,
+    user_errors,
+)
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
+from errors import UsageError
+from labels import (
+    Labels,
+    as_model_has_them,
+    check_label_column,
+    check_label_values,
+    check_no_label_is_empty,
+    check_same_order,
+    labels_of_model,
+    set_labels,
+)
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,9 +54,8 @@ from transformers import (
 
 from hf_bnn import BinaryBertConfig, BinaryBertForSequenceClassification, BinaryTrainer, BinaryTrainingArguments
 from hf_bnn.allocator import keep_freed_memory
-from hf_bnn.checked_trainer import CheckedTrainer, NonFiniteTrainingError, last_complete_checkpoint
+from hf_bnn.checked_trainer import CheckedTrainer
 from hf_bnn.glue import GlueMetric
-from hf_bnn.integrity import CorruptCheckpointError
 
 logger = logging.getLogger("run_glue")
 
@@ -66,10 +76,6 @@ USUAL_COLUMNS = (*dict.fromkeys(c for c in TASK_COLUMNS.values() if len(c) == 2)
 FORMATS = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}  # file extension -> datasets' builder
 STRINGS = ("string", "large_string")
 STRUCTURE = ("binarize", "attention", "embeddings")
-
-
-class UsageError(ValueError):
-    """The user asked for what cannot be. The text names the value and the way out."""
 
 
 @dataclass
@@ -151,55 +157,13 @@ class Arguments(NamedTuple):
     training: BinaryTrainingArguments
 
 
-class Labels(NamedTuple):
-    """What the label column holds, and the model's class for each value."""
-
-    names: list[str]  # by the model's class; empty for a regression
-    classes: dict[Any, int]  # by value in the data
-    regression: bool = False
-
-    @property
-    def count(self) -> int:
-        """The model's number of outputs."""
-        return 1 if self.regression else len(self.names)
-
-
-class Parser(HfArgumentParser):
-    """One kind of error for all that is wrong with the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-@contextmanager
-def user_errors(name: str | None = None) -> Iterator[None]:
-    """What the libraries say about the user's arguments and files, on one line, as an UsageError.
-
-    `name`: what is being opened; it stands before the error where that cannot be found.
-    """
-    try:
-        yield
-    except UsageError:
-        raise
-    except (ValueError, OSError, DatasetsError) as error:
-        cause = f" ({error.__cause__})" if isinstance(error, DatasetsError) and error.__cause__ else ""
-        before = f"{name}: " if name and isinstance(error, OSError) else ""
-        raise UsageError(before + " ".join(f"{error}{cause}".split())) from error
-
-
 # The command line
 
 
 def parse(command_line: list[str] | None = None) -> Arguments:
     """The arguments, checked as far as they can be without loading anything."""
-    command_line = sys.argv[1:] if command_line is None else command_line
     kinds = (ModelArguments, DataTrainingArguments, BinaryTrainingArguments)
-    parser = Parser(kinds, description=__doc__.splitlines()[0])
-    with user_errors():
-        if len(command_line) == 1 and command_line[0].endswith(".json"):
-            arguments = Arguments(*parser.parse_json_file(command_line[0]))
-        else:
-            arguments = Arguments(*parser.parse_args_into_dataclasses(command_line, look_for_args_file=False))
+    arguments = Arguments(*Parser(kinds, description=__doc__.splitlines()[0]).parse(command_line))
     check_data_arguments(arguments.data, arguments.training)
     check_model_arguments(arguments.model, arguments.training)
     return arguments
@@ -330,23 +294,11 @@ def text_columns(data: DataTrainingArguments, found: Dataset) -> tuple[str, ...]
     return tuple(texts)
 
 
-def check_label_column(name: str, split: str, found: Dataset) -> None:
+def check_labels(name: str, split: str, found: Dataset) -> None:
     """Raise UsageError unless every row of the split has a label."""
-    if name not in found.column_names:
-        raise UsageError(
-            f"the {split} data has no column {name!r}; columns: {', '.join(found.column_names)}: "
-            "name the one with the labels in --label_column_name"
-        )
-    kind = getattr(found.features[name], "dtype", None)
-    if kind is None or not kind.startswith(("int", "uint", "bool", "float", *STRINGS)):
-        raise UsageError(
-            f"the column {name!r} of the {split} data holds {found.features[name]}: "
-            "expected one integer, string or float per row"
-        )
-    values = found[name][:]
-    empty = [row for row, value in enumerate(values) if value is None or value != value]  # NaN is not itself
-    if empty:
-        raise UsageError(f"row {empty[0]} of the {split} data has no {name!r} ({len(empty)} rows in all)")
+    kinds = ("int", "uint", "bool", "float", *STRINGS)
+    check_label_column(name, split, found, kinds, "one integer, string or float per row")
+    check_no_label_is_empty(name, split, found[name][:])
 
 
 def is_regression(task: str | None, column: Any) -> bool:
@@ -364,7 +316,7 @@ def read_labels(arguments: Arguments, found: DatasetDict, config: PreTrainedConf
         names = [config.id2label[i] for i in range(config.num_labels)]
         return Labels(names, {}, config.num_labels == 1)
     for split in used:
-        check_label_column(column, split, found[split])
+        check_labels(column, split, found[split])
     kind = found[used[0]].features[column]
     if is_regression(arguments.data.task_name, kind):
         labels = Labels([], {}, True)
@@ -374,7 +326,7 @@ def read_labels(arguments: Arguments, found: DatasetDict, config: PreTrainedConf
         labels = labels_of_model(config, kind.dtype)
     else:
         if "train" in found and "train" not in used:
-            check_label_column(column, "train", found["train"])
+            check_labels(column, "train", found["train"])
         values = sorted(found["train" if "train" in found else used[0]].unique(column))
         labels = Labels([str(value) for value in values], {value: index for index, value in enumerate(values)})
     if trained and not arguments.model.ignore_mismatched_sizes:
@@ -384,64 +336,9 @@ def read_labels(arguments: Arguments, found: DatasetDict, config: PreTrainedConf
     return labels
 
 
-def check_label_values(labels: Labels, split: str, values: list[Any]) -> None:
-    """Raise UsageError for the first row whose label is none of the labels."""
-    known = labels.classes
-    unknown = [] if labels.regression else [row for row, value in enumerate(values) if value not in known]
-    if unknown:
-        raise UsageError(
-            f"row {unknown[0]} of the {split} data has the label {values[unknown[0]]!r}, which is none of the "
-            f"{len(known)} labels ({shown(list(known))}); {len(unknown)} rows have such a label: correct or drop them"
-        )
-
-
-def shown(values: list[Any]) -> str:
-    """The first of many values."""
-    return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
-
-
 def has_trained_head(config: PreTrainedConfig) -> bool:
     """Whether the checkpoint of this config is a classifier already."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-
-
-def names_of(config: PreTrainedConfig) -> list[str] | None:
-    """The names that a classifier gives to its classes, by class; None if it has only LABEL_0, LABEL_1, ..."""
-    names = [str(config.id2label[index]) for index in range(config.num_labels)]
-    return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
-
-
-def labels_of_model(config: PreTrainedConfig, dtype: str) -> Labels:
-    """The labels of a trained classifier, as the values of a column of this type."""
-    names = names_of(config) or [f"LABEL_{index}" for index in range(config.num_labels)]
-    if "string" in dtype:
-        return Labels(names, {name: index for index, name in enumerate(names)})
-    if all(name.lstrip("-").isdigit() for name in names):
-        return Labels(names, {int(name): index for index, name in enumerate(names)})
-    return Labels(names, {index: index for index in range(len(names))})
-
-
-def as_model_has_them(labels: Labels, config: PreTrainedConfig, model: str) -> Labels:
-    """The labels in the order of the classes of a trained classifier. Raises UsageError if their numbers differ."""
-    if labels.count != config.num_labels:
-        what = "numbers (a regression)" if labels.regression else f"{labels.count} labels ({shown(labels.names)})"
-        raise UsageError(
-            f"the data has {what}, but {model} was trained for {config.num_labels} "
-            f"({shown(list(config.id2label.values()))}): choose another model, or train a new head with "
-            "--ignore_mismatched_sizes"
-        )
-    names = names_of(config)
-    if labels.regression or names is None:
-        return labels
-    by_name = {name.lower(): index for index, name in enumerate(names)}
-    if by_name.keys() == {name.lower() for name in labels.names}:
-        classes = {value: by_name[labels.names[index].lower()] for value, index in labels.classes.items()}
-        return Labels(names, classes)
-    logger.warning(
-        f"{model} was trained for the labels {shown(names)}, the data has {shown(labels.names)}: they are taken in "
-        "this order, which may exchange classes"
-    )
-    return labels
 
 
 def tokenize(
@@ -543,29 +440,8 @@ def load_model(arguments: Arguments, stored: PreTrainedConfig, labels: Labels) -
     kind, name = BinaryBertForSequenceClassification, model.config_name or model.model_name_or_path
     config = BinaryBertConfig.from_pretrained(name, **model.structure, revision=model.model_revision, **model.hub)
     set_labels(config, labels)
-    check_structure(model, stored)
+    check_packed_structure(model.model_name_or_path, model.structure, stored)
     return kind.from_pretrained(model.model_name_or_path, config=config, **loading)
-
-
-def set_labels(config: PreTrainedConfig, labels: Labels) -> None:
-    """Give a config as many outputs as there are labels, and their names."""
-    config.num_labels = labels.count
-    config.problem_type = "regression" if labels.regression else "single_label_classification"
-    if labels.names:
-        config.id2label = dict(enumerate(labels.names))
-        config.label2id = {name: index for index, name in enumerate(labels.names)}
-
-
-def check_structure(model: ModelArguments, stored: PreTrainedConfig) -> None:
-    """Raise UsageError if a packed checkpoint is asked to be otherwise than it is. Latent ones can be changed."""
-    if getattr(stored, "weight_format", None) != "packed":
-        return
-    for name, value in model.structure.items():
-        if value != getattr(stored, name):
-            raise UsageError(
-                f"{model.model_name_or_path} is packed with {name}={getattr(stored, name)!r}: it cannot become "
-                f"{value!r}; leave out --{name}, or start from a latent or float checkpoint"
-            )
 
 
 def load_teacher(arguments: Arguments, student: PreTrainedConfig) -> PreTrainedModel | None:
@@ -578,16 +454,7 @@ def load_teacher(arguments: Arguments, student: PreTrainedConfig) -> PreTrainedM
     what = f"the teacher {name}"
     if not has_trained_head(config):
         raise UsageError(f"{what} is no trained classifier ({config.architectures}): train one with --binarize none")
-    if config.num_labels != student.num_labels:
-        raise UsageError(f"{what} has {config.num_labels} labels, the data has {student.num_labels}: they must agree")
-    own, theirs = names_of(student), names_of(config)
-    if own and theirs and own != theirs and {n.lower() for n in own} == {n.lower() for n in theirs}:
-        ordered = [name.lower() for name in own] == [name.lower() for name in theirs]
-        if not ordered:
-            raise UsageError(
-                f"{what} has the labels in the order {shown(theirs)}, the student in the order {shown(own)}: "
-                "train the teacher on the same data"
-            )
+    check_same_order(what, config, student)
     if config.vocab_size != student.vocab_size:
         raise UsageError(
             f"{what} has {config.vocab_size} tokens in its vocabulary, the student {student.vocab_size}: "
@@ -627,48 +494,6 @@ def predicted(logits: np.ndarray | tuple[np.ndarray, ...], regression: bool) -> 
     return logits[:, 0] if regression else logits.argmax(1)
 
 
-def set_up_logging(training: BinaryTrainingArguments) -> None:
-    """One format and level for this script, datasets and transformers."""
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
-        datefmt="%m/%d/%Y %H:%M:%S",
-        handlers=[logging.StreamHandler(sys.stdout)],
-    )
-    level = training.get_process_log_level()
-    passive = training.log_level == "passive" and training.should_log
-    logger.setLevel(logging.INFO if passive else level)
-    datasets.utils.logging.set_verbosity(level)
-    transformers.utils.logging.set_verbosity(level)
-    transformers.utils.logging.enable_default_handler()
-    transformers.utils.logging.enable_explicit_format()
-    logger.warning(
-        f"process {training.process_index} of {training.world_size}, device: {training.device}, "
-        f"16-bit training: {training.fp16 or training.bf16}"
-    )
-    logger.debug(f"Training/evaluation parameters {training}")
-
-
-def checkpoint_to_resume(training: BinaryTrainingArguments) -> str | None:
-    """The folder that Trainer.train goes on from, or None to start anew."""
-    asked = training.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
-        if next(Path(training.output_dir).glob("checkpoint-*"), None):
-            logger.warning(
-                f"{training.output_dir} holds checkpoints of an earlier run, which this one may overwrite: to go on "
-                "where it stopped, use --resume_from_checkpoint True"
-            )
-        return None
-    if asked.lower() in ("true", "last"):
-        asked = last_complete_checkpoint(training.output_dir)
-        if asked is None:
-            raise UsageError(
-                f"resume_from_checkpoint=True: no complete checkpoint in {training.output_dir}; leave it out to start"
-            )
-    if not Path(asked).is_dir():
-        raise UsageError(f"resume_from_checkpoint={asked!r}: no such folder; True takes the last of output_dir")
-    return asked
-
-
 def make_trainer(
     arguments: Arguments, model: PreTrainedModel, splits: dict[str, Dataset], labels: Labels, **kwargs: Any
 ) -> CheckedTrainer:
@@ -703,7 +528,7 @@ def make_trainer(
 
 def train(trainer: CheckedTrainer) -> dict[str, float]:
     """Train, save the final model and write train_results.json."""
-    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
+    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args, logger))
     metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
     trainer.save_model()
     trainer.log_metrics("train", metrics)
@@ -762,7 +587,7 @@ def main(command_line: list[str] | None = None) -> dict[str, float]:
     """
     arguments = parse(command_line)
     model_arguments, data, training = arguments
-    set_up_logging(training)
+    set_up_logging(training, logger)
     if training.device.type == "cpu":
         keep_freed_memory()
     set_seed(training.seed)
@@ -800,11 +625,4 @@ def _mp_fn(index: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (CorruptCheckpointError, NonFiniteTrainingError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: {type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    run(main)

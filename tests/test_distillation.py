@@ -52,6 +52,16 @@ def test_a_teacher_of_another_width_is_refused():
         hidden_loss([torch.zeros(1, 2, 4)], [torch.zeros(1, 2, 8)])
 
 
+def test_feature_maps_are_compared_if_their_shapes_agree():
+    own, theirs = ([torch.randn(2, c, 4, 4) for c in channels] for channels in ((3, 6), (3, 6)))
+    expected = sum(((a - b) ** 2).mean() / b.var() for a, b in zip(own, theirs, strict=True)) / 2
+    assert torch.allclose(hidden_loss(own, theirs), expected)
+    with pytest.raises(
+        ValueError, match=r"are \(2, 5, 4, 4\), the student's \(2, 6, 4, 4\): set distillation_hidden_w"
+    ):
+        hidden_loss(own, [theirs[0], torch.randn(2, 5, 4, 4)])
+
+
 class Teacher:
     """Counts how often it is asked."""
 

@@ -1,0 +1,700 @@
+"""scripts/run_image_classification.py: on folders, datasets and streams, on wrong input, resumed, in two processes."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets.utils.logging import get_verbosity, set_verbosity
+from fake_hub import FakeHub
+from image_arguments import parse_overrides
+from image_data import Collator
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    pipeline,
+)
+from transformers.utils import logging as transformers_logging
+
+from hf_bnn.layers import binary_layers
+from hf_bnn.packed import is_packed
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPT = SCRIPTS / "run_image_classification.py"
+QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--log_level", "error"]
+TRAIN = ["--do_train", "--do_eval", "--max_steps", "2", "--save_strategy", "no"]
+VIT_SIZE = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=64,image_size=8,patch_size=4"
+RESNET_SIZE = "stem=cifar,layer_type=basic,embedding_size=16,hidden_sizes=[16,32],depths=[1,1]"
+CONVNEXT_SIZE = "image_size=8,patch_size=2,hidden_sizes=[16,32],depths=[1,1],num_stages=2"
+VIT = ["--model_type", "vit", "--config_overrides", VIT_SIZE]
+RESNET = ["--model_type", "resnet", "--config_overrides", RESNET_SIZE]
+CONVNEXT = ["--model_type", "convnext", "--config_overrides", CONVNEXT_SIZE]
+MODELS = {"vit": VIT, "resnet": RESNET, "convnext": CONVNEXT}
+NAMES = ["blue", "red"]
+
+Run = Callable[..., dict[str, float]]
+
+
+def image(label: int, seed: int, size: int = 8) -> Image.Image:
+    """A noisy image that is more red (1) or more blue (0)."""
+    pixels = np.random.default_rng(seed).integers(0, 160, (size, size, 3))
+    pixels[..., 0 if label else 2] += 95
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def table(count: int = 16, column: str = "image", size: int = 8, names: list[str] = NAMES) -> Dataset:
+    """Rows of images with the label 0, 1, 0, 1, ..."""
+    features = Features({column: datasets.Image(), "label": ClassLabel(names=names)})
+    images = [image(index % 2, index, size) for index in range(count)]
+    return Dataset.from_dict({column: images, "label": [i % 2 for i in range(count)]}, features=features)
+
+
+def write_folder(folder: Path, count: int = 16) -> Path:
+    """The same as files, in a folder for each class."""
+    for index in range(count):
+        path = folder / NAMES[index % 2] / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image(index % 2, index).save(path)
+    return folder
+
+
+def write_parquet(folder: Path, **splits: Dataset) -> Path:
+    """A dataset on disk."""
+    folder.mkdir(parents=True)
+    for name, rows in splits.items():
+        (folder / f"{name}-00000-of-00001.parquet").write_bytes(parquet(rows))
+    return folder
+
+
+def parquet(rows: Dataset) -> bytes:
+    buffer = io.BytesIO()
+    rows.to_parquet(buffer)
+    return buffer.getvalue()
+
+
+def save_vit(folder: Path, trained: bool = True, mean: float = 0.5, **kwargs: Any) -> Path:
+    """A float ViT of one layer with its image processor; `trained`: the config says that it is a classifier."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(**{**size, "image_size": 8, "patch_size": 4, "initializer_range": 0.2, **kwargs})
+    model = ViTForImageClassification(config)
+    (model if trained else model.vit).save_pretrained(folder)
+    square = {"height": config.image_size, "width": config.image_size}
+    ViTImageProcessorPil(size=square, image_mean=[mean] * 3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    """The script as a module; the verbosity that it sets is undone."""
+    spec = importlib.util.spec_from_file_location("run_image_classification", SCRIPT)
+    module = sys.modules["run_image_classification"] = importlib.util.module_from_spec(spec)
+    before = get_verbosity(), transformers_logging.get_verbosity()
+    spec.loader.exec_module(module)
+    yield module
+    set_verbosity(before[0])
+    transformers_logging.set_verbosity(before[1])
+    transformers_logging.reset_format()
+    del sys.modules["run_image_classification"]
+
+
+@pytest.fixture
+def run(script: ModuleType, tmp_path: Path) -> Run:
+    """Run the script in this process on these arguments; those that a test leaves out are filled in."""
+
+    def start(*arguments: object) -> dict[str, float]:
+        given = list(map(str, arguments))
+        defaults = {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "learning_rate": 5e-3}
+        rest = [text for name, value in defaults.items() if f"--{name}" not in given for text in (f"--{name}", value)]
+        return script.main([*given, *map(str, rest), *QUIET])
+
+    return start
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the seconds that datasets waits at the end of every stream."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Arguments that name a folder of images to train on, and one to evaluate on."""
+    paths = {split: write_folder(tmp_path / split) for split in ("train", "validation")}
+    return [text for split, path in paths.items() for text in (f"--{split}_dir", str(path))]
+
+
+def load(folder: Path) -> torch.nn.Module:
+    return AutoModelForImageClassification.from_pretrained(folder)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """What a model says of a few images."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        return model.eval()(torch.randn(4, 3, 8, 8, generator=generator)).logits
+
+
+# From data to a packed model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_colours_are_learned_and_the_packed_model_keeps_what_was_learned(
+    run: Run, folders: list[str], name: str, tmp_path: Path
+):
+    metrics = run(*folders, *MODELS[name], "--do_train", "--do_eval", "--num_train_epochs", 30)
+    assert metrics["eval_accuracy"] == 1.0
+    assert metrics["train_samples"] == metrics["eval_samples"] == 16
+    packed, latent = load(tmp_path / "out"), load(next((tmp_path / "out").glob("checkpoint-*")))
+    assert is_packed(packed)
+    assert not is_packed(latent)
+    assert binary_layers(latent)
+    assert torch.equal(logits(packed), logits(latent))
+    classify = pipeline("image-classification", str(tmp_path / "out"), device="cpu")
+    assert [classify(image(label, 99 + label))[0]["label"] for label in (0, 1)] == NAMES
+
+
+def test_a_run_writes_the_files_of_transformers_examples(run: Run, folders: list[str], tmp_path: Path):
+    metrics = run(*folders, *VIT, *TRAIN)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    results = {"all_results.json", "train_results.json", "eval_results.json", "trainer_state.json", "README.md"}
+    assert results | {"config.json", "model.safetensors", "preprocessor_config.json"} <= names
+    assert json.loads((tmp_path / "out/all_results.json").read_text()) == pytest.approx(metrics)
+    assert load(tmp_path / "out").config.id2label == {0: "blue", 1: "red"}
+    assert "image-classification" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_model_from_scratch_gets_a_processor_with_the_datas_mean(run: Run, tmp_path: Path):
+    data = write_parquet(tmp_path / "data", train=table(size=12), validation=table(size=12))
+    run("--dataset_name", data, *RESNET, *TRAIN)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor.size == {"height": 12, "width": 12}
+    pixels = np.stack([np.asarray(x) for x in table(size=12)["image"]]) / 255
+    assert processor.image_mean == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-4)
+    assert processor.image_std == pytest.approx(pixels.std((0, 1, 2)), abs=1e-4)
+    run("--dataset_name", data, *RESNET, *TRAIN, "--streaming", "--output_dir", tmp_path / "streamed")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "streamed").to_dict() == processor.to_dict()
+    run("--dataset_name", data, *RESNET, *TRAIN, "--image_size", 6, "--output_dir", tmp_path / "small")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "small").size == {"height": 6, "width": 6}
+
+
+def test_a_dataset_on_disk_is_read_whatever_its_column_of_images_is_called(run: Run, tmp_path: Path):
+    saved, written = tmp_path / "saved", tmp_path / "written"
+    DatasetDict({"train": table(column="img"), "test": table(8, column="img")}).save_to_disk(str(saved))
+    write_parquet(written, train=table(column="img"), test=table(8, column="img"))
+    for folder in (saved, written):
+        metrics = run("--dataset_name", folder, "--validation_split_name", "test", *RESNET, *TRAIN)
+        assert (metrics["train_samples"], metrics["eval_samples"]) == (16, 8)
+
+
+def test_samples_can_be_limited_and_evaluation_cut_off_the_training_data(run: Run, tmp_path: Path):
+    data = write_parquet(tmp_path / "data", train=table(20))
+    cut = ["--dataset_name", data, *RESNET, *TRAIN, "--train_val_split", 0.3]
+    assert [run(*cut)[f"{split}_samples"] for split in ("train", "eval")] == [14, 6]
+    metrics = run(*cut, "--max_train_samples", 10, "--max_eval_samples", 3)
+    assert [metrics[f"{split}_samples"] for split in ("train", "eval")] == [10, 3]
+
+
+def test_labels_may_be_strings_or_numbers(run: Run, tmp_path: Path):
+    named = table().cast_column("label", datasets.Value("int64"))
+    words = named.map(lambda row: {"name": ["sky", "fire"][row["label"]]}).remove_columns("label")
+    numbers = named.map(lambda row: {"label": row["label"] + 5})
+    for index, (rows, column, names) in enumerate(((words, "name", ["fire", "sky"]), (numbers, "label", ["5", "6"]))):
+        data = write_parquet(tmp_path / f"data{index}", train=rows, validation=rows)
+        run("--dataset_name", data, "--label_column_name", column, *RESNET, *TRAIN)
+        assert list(load(tmp_path / "out").config.id2label.values()) == names
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gray_and_transparent_images_are_taken_as_the_model_needs_them(run: Run, tmp_path: Path, channels: int):
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=NAMES)})
+    modes = ["L", "RGBA", "RGB", "LA", "P", "1", "L", "RGBA"]
+    images = [image(index % 2, index, size=5 + index).convert(mode) for index, mode in enumerate(modes)]
+    rows = Dataset.from_dict({"image": images, "label": [0, 1] * 4}, features=features)
+    data = write_parquet(tmp_path / "data", train=rows, validation=rows)
+    overrides = f"{VIT_SIZE},num_channels={channels}"
+    for kind in ("cifar", "imagenet"):
+        given = ["--model_type", "vit", "--config_overrides", overrides, "--augmentation", kind]
+        assert run("--dataset_name", data, *given, *TRAIN)["eval_samples"] == 8
+    assert load(tmp_path / "out").vit.embeddings.patch_embeddings.projection.in_channels == channels
+    assert len(AutoImageProcessor.from_pretrained(tmp_path / "out").image_mean) == channels
+
+
+def test_mixup_and_smoothing_change_the_training_loss_only(run: Run, folders: list[str]):
+    given = [*folders, *VIT, *TRAIN, "--learning_rate", 0, "--no_calibrate_levels"]
+    plain = run(*given)
+    for more in (["--mixup_alpha", 1.0], ["--label_smoothing_factor", 0.5]):
+        assert run(*given, *more)["train_loss"] != plain["train_loss"]
+    both = run(*given, "--mixup_alpha", 1.0, "--label_smoothing_factor", 0.5)
+    assert both["eval_loss"] == pytest.approx(plain["eval_loss"])
+
+
+def test_the_structure_goes_into_the_config(run: Run, folders: list[str], tmp_path: Path):
+    run(
+        *folders, *VIT, *TRAIN, "--attention", "binary", "--levels", "signed", "--binarize", "both", "--method", "surge"
+    )
+    config = load(tmp_path / "out").config
+    assert (config.attention, config.levels, config.binarize) == ("binary", "signed", "both")
+    assert config.method["name"] == "surge"
+    rprelu = f"{RESNET_SIZE},block_activation=rprelu"
+    run(*folders, "--model_type", "resnet", "--config_overrides", rprelu, "--levels", "rsign", *TRAIN)
+    config = load(tmp_path / "out").config
+    assert (config.block_activation, config.levels, config.hidden_sizes) == ("rprelu", "rsign", [16, 32])
+    excluded = f"{CONVNEXT_SIZE},exclude=[*.embeddings,classifier,*.downsampling_layer]"
+    run(*folders, "--model_type", "convnext", "--config_overrides", excluded, "--binarize", "weights", *TRAIN)
+    record = load(tmp_path / "out").config.quantization_config
+    assert (record.binarize, record.exclude) == ("weights", ["*.embeddings", "classifier", "*.downsampling_layer"])
+
+
+def test_a_float_checkpoint_becomes_binary_and_a_packed_one_is_only_evaluated(
+    run: Run, folders: list[str], tmp_path: Path
+):
+    base = ["--model_name_or_path", save_vit(tmp_path / "base", trained=False)]
+    trained = run(*folders, *base, *TRAIN)
+    assert is_packed(load(tmp_path / "out"))
+    again = ["--model_name_or_path", tmp_path / "out", "--output_dir", tmp_path / "again", *folders]
+    found = run(*again, "--do_eval")
+    assert found["eval_accuracy"] == trained["eval_accuracy"]
+    assert found["eval_loss"] == pytest.approx(trained["eval_loss"], abs=1e-6)
+    with pytest.raises(ValueError, match="is packed: its weights are bits and cannot be trained"):
+        run(*again, "--do_train")
+    with pytest.raises(ValueError, match="evaluated in float32: leave out --fp16 and --bf16"):
+        run(*again, "--do_eval", "--bf16")
+    with pytest.raises(ValueError, match="is packed with levels='elastic': it cannot become 'signed'; leave out"):
+        run(*again, "--do_eval", "--levels", "signed")
+    with pytest.raises(ValueError, match="is a binary checkpoint, which --binarize none cannot make float"):
+        run(*again, "--do_eval", "--binarize", "none")
+
+
+def test_a_float_checkpoint_without_a_class_of_its_own_becomes_binary_too(run: Run, folders: list[str], tmp_path: Path):
+    run(*folders, *CONVNEXT, *TRAIN, "--binarize", "none", "--output_dir", tmp_path / "base")
+    assert not binary_layers(load(tmp_path / "base"))
+    assert load(tmp_path / "base").config.image_size == 8
+    metrics = run(*folders, "--model_name_or_path", tmp_path / "base", *TRAIN)
+    assert is_packed(load(tmp_path / "out"))
+    more = ["--model_name_or_path", tmp_path / "out", "--output_dir", tmp_path / "again"]
+    assert run(*folders, *more, "--do_eval")["eval_accuracy"] == metrics["eval_accuracy"]
+    with pytest.raises(ValueError, match="--attention is for ViT: leave it out with a 'convnext' model"):
+        run(*folders, *CONVNEXT, *TRAIN, "--attention", "binary")
+
+
+# Streams
+
+
+def test_a_stream_trains_and_evaluates(run: Run, tmp_path: Path):
+    data = write_parquet(tmp_path / "data", train=table(), validation=table(10))
+    given = ["--dataset_name", data, "--streaming", *VIT, "--do_train", "--do_eval", "--shuffle_buffer", 8]
+    metrics = run(*given, "--max_steps", 60, "--save_strategy", "no")
+    assert metrics["eval_accuracy"] == 1.0
+    assert is_packed(load(tmp_path / "out"))
+
+
+def test_a_stream_needs_to_know_how_long_and_which_classes(run: Run, tmp_path: Path):
+    rows = table().cast_column("label", datasets.Value("int64"))
+    data = write_parquet(tmp_path / "data", train=rows, validation=rows)
+    given = ["--dataset_name", data, "--streaming", *VIT, "--do_train"]
+    with pytest.raises(ValueError, match="--streaming does not know how long an epoch is: give --max_steps"):
+        run(*given)
+    with pytest.raises(ValueError, match="--streaming cannot cut off --train_val_split: name a split in --validation"):
+        run(*given, "--max_steps", 1, "--train_val_split", 0.1)
+    with pytest.raises(ValueError, match=r"does not say which classes its column 'label' has: leave out --streaming"):
+        run(*given, "--max_steps", 1)
+
+
+# Resuming
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Every batch that is collated from now on."""
+    seen: list[torch.Tensor] = []
+    call = Collator.__call__
+
+    def spying(self: Collator, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = call(self, items)
+        seen.append(batch["pixel_values"].clone())
+        return batch
+
+    monkeypatch.setattr(Collator, "__call__", spying)
+    return seen
+
+
+@pytest.mark.parametrize("source", ["memory", "files", "stream"])
+def test_a_resumed_run_sees_the_same_images_and_ends_where_an_uninterrupted_one_does(
+    run: Run, source: str, batches: list[torch.Tensor], tmp_path: Path
+):
+    """Steps of 4 of 16 images: the checkpoint is in the second epoch, which is not the first one again."""
+    more = {"memory": ["--mixup_alpha", 0.5], "files": ["--augmentation", "imagenet"], "stream": ["--streaming"]}
+    data = write_parquet(tmp_path / "data", train=table())
+    steps = ["--dataset_name", data, *VIT, "--do_train", "--max_steps", 10, "--save_steps", 6, "--no_calibrate_levels"]
+    steps += ["--per_device_train_batch_size", 4, *more[source]]
+    run(*steps)
+    whole, first = load(tmp_path / "out"), list(batches)
+    batches.clear()
+    run(*steps, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", tmp_path / "out/checkpoint-6")
+    assert torch.equal(logits(load(tmp_path / "resumed")), logits(whole))
+    last = batches[-5:]  # a stream is read from its beginning; accelerate reads one batch more than it needs
+    assert all(torch.equal(a, b) for a, b in zip(first[6:11], last, strict=True))
+    assert not any(torch.equal(a, b) for a in first[:4] for b in first[4:8])
+
+
+# Teachers and float models
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_a_float_model_is_trained_by_the_same_script_and_then_teaches(
+    run: Run, folders: list[str], name: str, tmp_path: Path
+):
+    teacher = tmp_path / "teacher"
+    epochs = ["--do_train", "--do_eval", "--num_train_epochs", 20]
+    float_model = [*MODELS[name], "--binarize", "none", "--output_dir", teacher]
+    assert run(*folders, *epochs, *float_model)["eval_accuracy"] == 1.0
+    assert not binary_layers(load(teacher))
+    taught = [*folders, *MODELS[name], *TRAIN, "--teacher_model_name_or_path", teacher]
+    losses = [run(*taught, "--distillation_hidden_weight", weight)["train_loss"] for weight in (0, 1)]
+    assert losses[0] != losses[1]
+    assert is_packed(load(tmp_path / "out"))
+
+
+def test_a_teacher_must_fit_the_student(run: Run, folders: list[str], tmp_path: Path):
+    def refused(message: str, teacher: Path, *arguments: object) -> None:
+        with pytest.raises(ValueError, match=message):
+            run(*folders, *VIT, *TRAIN, "--image_processor_name", student, "--teacher_model_name_or_path", teacher)
+
+    student = save_vit(tmp_path / "student")
+    base = save_vit(tmp_path / "base", trained=False)
+    refused(r"base is no trained image classifier \(\['ViTModel'\]\): train one with --binarize none", base)
+    refused("has 3 labels, the data has 2: they must agree", save_vit(tmp_path / "a", num_labels=3))
+    turned = save_vit(tmp_path / "b", id2label={0: "red", 1: "blue"})
+    refused("labels in the order red, blue, the student in the order blue, red: train the teacher on the", turned)
+    other = save_vit(tmp_path / "c", mean=0.25)
+    refused(r"image_mean \[0.25, 0.25, 0.25\], the student of \[0.5, 0.5, 0.5\]: name the teacher's", other)
+    wide = save_vit(tmp_path / "d", hidden_size=48)
+    refused("hidden states are 48 wide, the student's 32: set distillation_hidden_weight=0", wide)
+    maps = tmp_path / "maps"
+    small = RESNET_SIZE.replace("cifar", "imagenet")
+    run(
+        *folders, "--model_type", "resnet", "--config_overrides", small, "--image_size", 8, *TRAIN, "--output_dir", maps
+    )
+    with pytest.raises(
+        ValueError, match=r"hidden states are 2 wide, the student's 8: set distillation_hidden_weight=0"
+    ):
+        run(*folders, *RESNET, *TRAIN, "--teacher_model_name_or_path", maps)
+    run(*folders, *VIT, "--binarize", "none", *TRAIN, "--output_dir", tmp_path / "plain")
+    with pytest.raises(ValueError, match="a teacher is for a binary student: leave"):
+        run(*folders, "--model_name_or_path", tmp_path / "plain", *TRAIN, "--teacher_model_name_or_path", student)
+
+
+# Two steps
+
+
+def test_two_steps_train_activations_first_and_then_both(run: Run, folders: list[str], tmp_path: Path):
+    steps = ["--do_train", "--do_eval", "--max_steps", 10, "--two_step", "--two_step_fraction", 0.4]
+    metrics = run(*folders, *RESNET, *steps)
+    first, out = tmp_path / "out/first_step", tmp_path / "out"
+    assert (load(first).config.binarize, load(out).config.binarize) == ("activations", "both")
+    assert is_packed(load(out))
+    done = [json.loads((folder / "trainer_state.json").read_text())["global_step"] for folder in (first, out)]
+    assert done == [4, 6]
+    results = [json.loads((folder / "all_results.json").read_text()) for folder in (first, out)]
+    assert results[0]["eval_accuracy"] >= 0
+    assert results[1] == pytest.approx(metrics)
+
+
+@pytest.mark.parametrize("cut", ["first", "between", "second"])
+def test_two_steps_are_resumed_in_either(
+    run: Run, script: ModuleType, folders: list[str], cut: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    steps = [*folders, *RESNET, "--do_train", "--max_steps", 8, "--save_steps", 2, "--two_step"]
+    run(*steps)
+    whole = logits(load(tmp_path / "out"))
+    other = tmp_path / "other"
+    train, called = script.train, []
+
+    def cut_off(trainer: Any, resume: str | None) -> dict[str, float]:
+        called.append(Path(trainer.args.output_dir).name)
+        last = {"first": "first_step", "between": "other", "second": "other"}[cut]
+        if called[-1] == last:
+            if cut != "between":
+                trainer.add_callback(StopAfter(3))
+                trainer.train()
+            raise KeyboardInterrupt
+        return train(trainer, resume)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(script, "train", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run(*steps, "--output_dir", other)
+    trained: list[str] = []
+    monkeypatch.setattr(
+        script, "train", lambda trainer, resume: (trained.append(str(resume)), train(trainer, resume))[1]
+    )
+    run(*steps, "--output_dir", other, "--resume_from_checkpoint", "True")
+    ends = {"first": ["other/first_step/checkpoint-2", "None"], "between": ["None"], "second": ["other/checkpoint-2"]}
+    assert [name[-len(end) :] for name, end in zip(trained, ends[cut], strict=True)] == ends[cut]
+    assert torch.equal(logits(load(other)), whole)
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after so many steps."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop = state.global_step >= self.steps
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (SCRIPTS / "recipes").glob("*.json")))
+def test_a_recipe_can_be_run_and_overridden(run: Run, name: str, tmp_path: Path):
+    size = 32 if "cifar" in name else 28
+    data = write_parquet(tmp_path / "data", train=table(size=size), test=table(4, size=size))
+    short = ["--max_steps", 1, "--eval_strategy", "no", "--save_strategy", "no", "--learning_rate", 0.25]
+    metrics = run(SCRIPTS / "recipes" / name, "--dataset_name", data, *short)
+    assert metrics["eval_samples"] == 4
+    saved = torch.load(tmp_path / "out/training_args.bin", weights_only=False)
+    assert (saved.learning_rate, saved.per_device_train_batch_size) == (0.25, 128)
+    config = load(tmp_path / "out").config
+    assert config.hidden_size == 96 if "vit" in name else config.hidden_sizes == [16, 32, 64]
+
+
+WRONG_FILES = {
+    "syntax": ("{", r"arguments.json is no json file \(Expecting property name"),
+    "list": ("[1]", r'arguments.json holds a list: expected a dictionary, \{"argument": value, ...\}'),
+    "name": (
+        '{"lerning_rate": 1}',
+        r"arguments.json: some keys are not used by the HfArgumentParser: \['lerning_rate'\]",
+    ),
+    "choice": ('{"binarize": "all"}', "binarize='all': invalid choice .choose from 'both', 'weights'"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG_FILES.values(), ids=WRONG_FILES)
+def test_a_wrong_json_file_is_told(run: Run, text: str, message: str, tmp_path: Path):
+    path = tmp_path / "arguments.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        run(path)
+
+
+def test_output_dir_must_be_given(script: ModuleType):
+    recipe = SCRIPTS / "recipes/fashion_mnist_vit.json"
+    with pytest.raises(ValueError, match="the following arguments are required: --output_dir"):
+        script.main([str(recipe), *QUIET])
+
+
+# Wrong input
+
+
+def test_overrides_are_read_as_json_or_as_text():
+    text = "hidden_size=96, depths=[3, 3,3],stem=cifar,rate=1e-3,flag=True,off=false,nothing=None,names=[a,b]"
+    assert parse_overrides(text) == {
+        **{"hidden_size": 96, "depths": [3, 3, 3], "stem": "cifar", "rate": 1e-3},
+        **{"flag": True, "off": False, "nothing": None, "names": ["a", "b"]},
+    }
+    assert parse_overrides(None) == {}
+    for wrong in ("hidden_size", "depths=[3,3", "=3"):
+        with pytest.raises(ValueError, match=r"config_overrides: cannot read '.*'; expected name=value pairs"):
+            parse_overrides(wrong)
+
+
+WRONG = {
+    "no data": (["VIT"], r"no data: give --dataset_name .* or --train_dir and --validation_dir"),
+    "no model": (["FOLDERS"], "no model: give --model_name_or_path, or to start from scratch --model_type or"),
+    "no train_dir": (["VIT", "--validation_dir", "DATA"], "--do_train needs --train_dir; given: validation_dir"),
+    "no such folder": (["VIT", "--train_dir", "no", "--validation_dir", "no"], "train_dir 'no' is no folder"),
+    "no classes": (["VIT", "--train_dir", "EMPTY"], "has no folders in it: expected one for each class"),
+    "no split": (
+        ["VIT", "--dataset_name", "DATA"],
+        r"split 'validation'; the dataset has: train, test: name .*\(test\)",
+    ),
+    "only train": (
+        ["VIT", "--train_dir", "FOLDER"],
+        "the dataset has: train: cut one off the .* --train_val_split 0.1",
+    ),
+    "share": (["VIT", "FOLDERS", "--train_val_split", "2"], "train_val_split=2.0: expected a share between 0 and 1"),
+    "flip": (["VIT", "FOLDERS", "--flip_probability", "2"], "flip_probability=2.0: expected a number from 0 to 1"),
+    "padding": (["VIT", "FOLDERS", "--crop_padding", "-1"], "crop_padding=-1: expected 0 or more"),
+    "label column": (
+        ["VIT", "FOLDERS", "--label_column_name", "fine"],
+        "the train data has no column 'fine'; columns: image, label: name the one .* in --label_column_name",
+    ),
+    "image column": (
+        ["VIT", "FOLDERS", "--image_column_name", "label"],
+        r"image_column_name='label': cannot tell .*; columns: image, label \(those with images: image\): name one in",
+    ),
+    "overrides": (
+        ["FOLDERS", "--model_type", "vit", "--config_overrides", "hiden_size=3"],
+        "BinaryViTConfig has no field 'hiden_size'; did you mean 'hidden_size'",
+    ),
+    "override's value": (
+        ["FOLDERS", "--model_type", "vit", "--config_overrides", "hidden_size=big"],
+        "Validation error for field 'hidden_size'",
+    ),
+    "override of a choice": (
+        ["FOLDERS", "--model_type", "resnet", "--config_overrides", "stem=small"],
+        "stem='small': expected one of imagenet, cifar",
+    ),
+    "levels": (["VIT", "FOLDERS", "--levels", "all"], "levels='all': expected one of elastic, signed"),
+    "model type": (["FOLDERS", "--model_type", "vitt"], r"unknown model_type 'vitt'; expected vit, resnet or .*'vit'"),
+    "bert type": (["FOLDERS", "--model_type", "bert"], "bert is a 'bert' model, which classifies no images: expected"),
+    "bert": (
+        ["FOLDERS", "--model_name_or_path", "BERT"],
+        "is a 'bert' model, which classifies no images: expected vit",
+    ),
+    "two models": (["VIT", "FOLDERS", "--model_name_or_path", "x"], "has its own config: leave out --model_type"),
+    "size": (["FOLDERS", "--model_name_or_path", "x", "--image_size", "8"], "--image_size is for a model from scratch"),
+    "config file": (["FOLDERS", "--config_name", "no.json"], "config_name 'no.json' does not exist"),
+    "model": (["FOLDERS", "--model_name_or_path", "nowhere/at-all"], "nowhere/at-all: We couldn't connect to"),
+    "labels": (
+        ["FOLDERS", "--model_name_or_path", "THREE"],
+        r"2 labels \(blue, red\), but .* trained for 3 .*--ignore_",
+    ),
+    "binarize": (["VIT", "FOLDERS", "--binarize", "all"], "argument --binarize: invalid choice: 'all'"),
+    "float": (["VIT", "FOLDERS", "--binarize", "none", "--method", "surge"], "leave out --method and --method_args"),
+    "two_step": (["VIT", "FOLDERS", "--two_step", "--binarize", "weights"], "--two_step ends with binarize='both'"),
+    "fraction": (["VIT", "FOLDERS", "--two_step", "--two_step_fraction", "1"], "two_step_fraction=1.0: expected a sh"),
+    "two_step's model": (["CONVNEXT", "FOLDERS", "--two_step"], "--two_step is for ViT and ResNet: leave it out with"),
+    "method": (["VIT", "FOLDERS", "--method", "sgd"], "unknown method 'sgd'; known methods: ste, "),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_told_with_the_way_out(
+    run: Run, folders: list[str], arguments: list[str], message: str, tmp_path: Path
+):
+    for name in ("empty", "bert"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
+    stands_for = {"FOLDERS": folders, "FOLDER": folders[1:2], "VIT": VIT, "CONVNEXT": CONVNEXT}
+    stands_for |= {"EMPTY": [tmp_path / "empty"], "BERT": [tmp_path / "bert"]}
+    if "DATA" in arguments:
+        stands_for["DATA"] = [write_parquet(tmp_path / "data", train=table(), test=table())]
+    if "THREE" in arguments:
+        stands_for["THREE"] = [save_vit(tmp_path / "three", num_labels=3)]
+    given = [text for argument in arguments for text in stands_for.get(argument, [argument])]
+    with pytest.raises(ValueError, match=message):
+        run(*given, *TRAIN)
+
+
+def test_a_transform_of_torchvision_needs_torchvision(run: Run, folders: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "torchvision.transforms", None)
+    with pytest.raises(ValueError, match="--torchvision_transform RandAugment needs torchvision: pip install"):
+        run(*folders, *VIT, *TRAIN, "--torchvision_transform", "RandAugment")
+
+
+def test_there_must_be_something_to_do(run: Run, folders: list[str]):
+    with pytest.raises(ValueError, match="nothing to do: give --do_train or --do_eval"):
+        run(*folders, *VIT)
+
+
+def test_a_head_of_another_size_is_replaced_only_when_asked(run: Run, folders: list[str], tmp_path: Path):
+    model = ["--model_name_or_path", save_vit(tmp_path / "three", num_labels=3)]
+    run(*folders, *TRAIN, *model, "--ignore_mismatched_sizes")
+    assert load(tmp_path / "out").config.num_labels == 2
+
+
+def test_the_images_must_have_the_models_size(run: Run, folders: list[str], tmp_path: Path):
+    other = save_vit(tmp_path / "other", image_size=16)
+    with pytest.raises(
+        ValueError, match=r"the image processor makes images of \(16, 16\), the model takes \(8, 8\): name"
+    ):
+        run(*folders, *VIT, *TRAIN, "--image_processor_name", other)
+
+
+@pytest.mark.parametrize("lazily", [False, True], ids=["at once", "when it is needed"])
+def test_a_corrupt_image_is_named(run: Run, folders: list[str], lazily: bool):
+    broken = Path(folders[1]) / "red/03.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    more = ["--augmentation", "imagenet", "--image_size", 8] if lazily else []
+    with pytest.raises(
+        ValueError, match=r"the image of row \d+ of the .*data \(.*red/03.png\) cannot be read: .*; replace"
+    ):
+        run(*folders, *VIT, *TRAIN, *more, "--num_train_epochs", 1)
+
+
+def test_an_empty_class_folder_is_named(run: Run, folders: list[str]):
+    (Path(folders[1]) / "green").mkdir()
+    with pytest.raises(ValueError, match=r"the class folder '.*train/green' holds no image: fill it, or delete it"):
+        run(*folders, *VIT, *TRAIN)
+    (Path(folders[1]) / "green").rmdir()
+    (Path(folders[3]) / "green").mkdir()
+    image(0, 0).save(Path(folders[3]) / "green/0.png")
+    with pytest.raises(
+        ValueError, match=r"validation' has the class 'green', which train_dir .* has not \(blue, red\)"
+    ):
+        run(*folders, *VIT, *TRAIN)
+
+
+def test_a_class_outside_the_declared_range_is_an_error(run: Run, tmp_path: Path):
+    unknown = table().cast_column("label", datasets.Value("int64")).map(lambda row: {"label": -1})
+    unknown = unknown.cast_column("label", ClassLabel(names=NAMES))
+    data = write_parquet(tmp_path / "data", train=table(), validation=unknown)
+    with pytest.raises(ValueError, match="row 0 of the validation data has the label -1, which is none of the 2"):
+        run("--dataset_name", data, *VIT, *TRAIN)
+
+
+# Other processes
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", **more}
+
+
+@pytest.mark.multiprocess
+def test_a_user_error_in_a_worker_is_one_line_and_exit_code_two(folders: list[str], tmp_path: Path):
+    broken = Path(folders[1]) / "red/03.png"
+    broken.write_bytes(b"no image")
+    given = [*folders, *VIT, *TRAIN, *QUIET, "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "c")]
+    save = save_vit(tmp_path / "p")
+    more = ["--augmentation", "imagenet", "--dataloader_num_workers", "1", "--image_processor_name", str(save)]
+    command = [sys.executable, SCRIPT, *given, *more, "--no_calibrate_levels"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120)
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("run_image_classification.py: error: ")]
+    assert len(lines) == 1
+    assert "error: the image of row" in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.multiprocess
+def test_a_model_goes_from_the_hub_to_the_hub_and_two_processes_share_the_work(tmp_path: Path):
+    """Data and a float model from a local Hub; the packed result is pushed."""
+    with FakeHub() as hub:
+        rows = {f"data/{split}-00000-of-00001.parquet": parquet(table()) for split in ("train", "validation")}
+        hub.add("dataset", "me/colours", rows)
+        hub.add("model", "tester/tiny-vit", save_vit(tmp_path / "vit", trained=False))
+        env = environment(**hub.environment(tmp_path / "home"))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+        given = ["--dataset_name", "me/colours", "--model_name_or_path", "tester/tiny-vit", *TRAIN]
+        push = ["--push_to_hub", "--hub_model_id", "tester/tiny-bnn", "--output_dir", str(tmp_path / "out")]
+        batch = ["--per_device_train_batch_size", "4"]
+        command = [*launch, *given, *push, *batch, *QUIET]
+        result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=180)
+        assert result.returncode == 0, result.stderr
+        pushed = hub.files("model", "tester/tiny-bnn")
+    metrics = json.loads((tmp_path / "out/all_results.json").read_text())
+    assert metrics["epoch"] == 1.0  # two steps of 2 x 4 images are the 16 rows
+    assert json.loads(pushed["config.json"])["weight_format"] == "packed"
+    assert "preprocessor_config.json" in pushed
+    assert pushed["model.safetensors"] == (tmp_path / "out/model.safetensors").read_bytes()
+    assert b"me/colours" in pushed["README.md"]
