@@ -17,7 +17,7 @@ from hf_bnn import pack_
 
 PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
-    {"functional", "integrity", "allocator", "activations"},
+    {"functional", "integrity", "allocator", "activations", "kernels"},
     {"levels", "products", "methods", "embeddings"},
     {"layers"},
     {"packed", "attention"},

@@ -1,0 +1,17 @@
+"""Fast products of 1-bit weights: compiled kernels, and the same in torch where there are none."""
+
+from .library import available, backend, using
+from .ops import conv2d, ffn, linear, linear_weight_only
+from .weights import Conv2dWeight, LinearWeight
+
+__all__ = [
+    "Conv2dWeight",
+    "LinearWeight",
+    "available",
+    "backend",
+    "conv2d",
+    "ffn",
+    "linear",
+    "linear_weight_only",
+    "using",
+]

@@ -1,0 +1,46 @@
+/* AVX2: Intel from Haswell, AMD from Excavator. Bits are counted by look-up of half bytes. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define TARGET __attribute__((target("avx2")))
+#define LANES 8
+#define TILE_ROWS 2
+#define COUNTS_WORDS 0
+#include "vectors.h"
+
+INLINE words carry(words d1, words d12, words z)
+{
+    words t = z ^ d1, s = z ^ d12;
+    return (words)_mm256_or_si256(_mm256_andnot_si256((__m256i)s, (__m256i)t),
+                                  _mm256_andnot_si256((__m256i)t, (__m256i)z));
+}
+
+INLINE words count_bits(words v)
+{
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+    __m256i low = _mm256_shuffle_epi8(table, (__m256i)(v & 0x0f0f0f0f));
+    __m256i high = _mm256_shuffle_epi8(table, (__m256i)(v >> 4 & 0x0f0f0f0f));
+    return (words)_mm256_add_epi8(low, high);
+}
+
+INLINE uint32_t signs_of_8(const float *x, const float *t, const int step)
+{
+    __m256 threshold = step ? _mm256_loadu_ps(t) : _mm256_set1_ps(*t);
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), threshold, _CMP_LT_OQ));
+}
+
+INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
+{
+    return signs_of_8(x, t, step) | signs_of_8(x + 8, t + 8 * step, step) << 8 |
+           signs_of_8(x + 16, t + 16 * step, step) << 16 | signs_of_8(x + 24, t + 24 * step, step) << 24;
+}
+
+#include "packing.h"
+#include "tile.h"
+#include "weight_only.h"
+
+#include "instruction_set.h"
+
+static int available(void) { return __builtin_cpu_supports("avx2"); }
+
+INSTRUCTION_SET(avx2, "avx2");
+#endif

@@ -1,0 +1,98 @@
+/* Two binary layers whose hidden values are only looked at through their signs, and never leave the nearest cache. */
+#include <stdlib.h>
+
+#include "kernels.h"
+
+enum { CHUNK = 64 }; /* hidden values at a time: four panels, one pair of words */
+
+struct ffn {
+    const struct instruction_set *set;
+    const float *x;
+    int64_t row_step, rows;
+    struct threshold threshold;
+    struct product first, second;
+    const float *first_offset, *second_offset;
+    float low, high;
+    float *out;
+    int64_t rows_per_block;
+    int failed;
+};
+
+static void set_rows(struct block *block, int64_t count, const uint32_t *bits, int64_t words, const float *offset)
+{
+    memset(block, 0, sizeof *block);
+    block->count = count;
+    for (int64_t i = 0; i < count; i++) {
+        block->rows[i] = bits + i * words;
+        block->offsets[i] = offset;
+    }
+}
+
+/* The hidden bits of a block, in pairs: 1 where low <= h < high. `block` has the rows of the first product. */
+static void find_hidden_bits(const struct ffn *f, const struct block *block, uint32_t *hidden)
+{
+    float values[BLOCK_ROWS * CHUNK];
+    uint32_t below[BLOCK_ROWS * 2];
+    const int64_t size = f->first.outputs, step = words_of(size);
+    struct product product = f->first;
+    product.out_step = CHUNK;
+    for (int64_t column = 0; column < size; column += CHUNK) {
+        const int64_t count = smaller(CHUNK, size - column), panel = column / PANEL;
+        uint32_t *to = hidden + column / 32;
+        f->set->multiply(&product, block, panel, panel + divide_up(count, PANEL), values);
+        f->set->pack_rows(values, CHUNK, block->count, count, (struct threshold){&f->high, 0}, to, step);
+        f->set->pack_rows(values, CHUNK, block->count, count, (struct threshold){&f->low, 0}, below, 2);
+        for (int64_t row = 0; row < block->count; row++) { /* what is < low is < high, too */
+            to[row * step] ^= below[2 * row];
+            to[row * step + 1] ^= below[2 * row + 1];
+        }
+    }
+}
+
+static void ffn_blocks(int64_t begin, int64_t end, void *context)
+{
+    struct ffn *f = context;
+    const int64_t in_words = words_of(f->first.inputs), hidden_words = words_of(f->first.outputs);
+    uint32_t *bits = malloc((size_t)(BLOCK_ROWS * (in_words + hidden_words)) * sizeof *bits + 1);
+    if (!bits) {
+        f->failed = 1;
+        return;
+    }
+    uint32_t *hidden = bits + BLOCK_ROWS * in_words;
+    for (int64_t i = begin; i < end; i++) {
+        int64_t row = i * f->rows_per_block, count = smaller(f->rows_per_block, f->rows - row);
+        struct block block;
+        f->set->pack_rows(f->x + row * f->row_step, f->row_step, count, f->first.inputs, f->threshold, bits, in_words);
+        set_rows(&block, count, bits, in_words, f->first_offset);
+        find_hidden_bits(f, &block, hidden);
+        set_rows(&block, count, hidden, hidden_words, f->second_offset);
+        f->set->multiply(&f->second, &block, 0, divide_up(f->second.outputs, PANEL), f->out + row * f->second.outputs);
+    }
+    free(bits);
+}
+
+int hf_bnn_ffn(int64_t set, parallel_for pool, int64_t threads, const float *x, int64_t row_step, int64_t rows,
+               int64_t inputs, const float *threshold, int per_input, const uint32_t *first, int64_t hidden,
+               const float *first_scale, const float *first_offset, float low, float high,
+               const uint32_t *second, int64_t outputs, const float *second_scale, const float *second_offset,
+               float *out)
+{
+    const int64_t run = 0;
+    struct ffn f = {
+        .set = instruction_set(set),
+        .x = x,
+        .row_step = row_step,
+        .rows = rows,
+        .threshold = {threshold, per_input},
+        .first = {first, inputs, hidden, &run, 1, words_of(inputs), first_scale, hidden},
+        .second = {second, hidden, outputs, &run, 1, words_of(hidden), second_scale, outputs},
+        .first_offset = first_offset,
+        .second_offset = second_offset,
+        .low = low,
+        .high = high,
+        .out = out,
+        .rows_per_block = block_rows(rows, threads),
+    };
+    for_range(pool, divide_up(rows, f.rows_per_block), ffn_blocks, &f);
+    return f.failed ? OUT_OF_MEMORY : OK;
+}

@@ -1,0 +1,66 @@
+/* The functions that Python calls (hf_bnn/kernels/library.py has the same signatures).
+ *
+ * `set` is the number of an instruction set. `pool` is torch's function or NULL, for one thread. Products return OK or
+ * OUT_OF_MEMORY. `offset` and `bias` have a number for each output, -0.0 where nothing is to be added: x + -0.0 is x
+ * for every x. `threshold` points to one number, or to one per input if `per_input`.
+ */
+#ifndef HF_BNN_H
+#define HF_BNN_H
+
+#include <stdint.h>
+
+#define EXPORTED __attribute__((visibility("default")))
+
+enum { OK = 0, OUT_OF_MEMORY = 1 };
+
+/* Of torch's C interface: calls f(begin, end, context) for parts of [begin, end) on torch's threads. */
+typedef void (*range_function)(int64_t begin, int64_t end, void *context);
+typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, range_function f, void *context);
+
+/* In the order of the fields of hf_bnn/kernels/library.py, Conv2dShape. */
+struct conv2d_shape {
+    int64_t batch, channels, height, width;                 /* of the input */
+    int64_t image_step, channel_step, row_step, pixel_step; /* of the input, in floats; channel or pixel step is 1 */
+    int64_t outputs, kernel[2], stride[2], padding[2], dilation[2], groups;
+    int64_t out_height, out_width;
+};
+
+/* Raised with every change of a function here: a library built from older sources is not called. */
+EXPORTED int64_t hf_bnn_interface(void);
+
+/* The name of the i-th instruction set, best first; NULL after the last one. */
+EXPORTED const char *hf_bnn_name(int64_t i);
+
+/* Whether this processor has the i-th instruction set. */
+EXPORTED int hf_bnn_available(int64_t i);
+
+/* (rows, inputs), rows `row_step` floats apart, and panels to (rows, outputs). */
+EXPORTED int hf_bnn_linear(int64_t set, parallel_for pool, int64_t threads, const float *x, int64_t row_step,
+                           int64_t rows, int64_t inputs, const float *threshold, int per_input,
+                           const uint32_t *weights, int64_t outputs, const float *scale, const float *offset,
+                           float *out);
+
+/* The same for inputs that stay floats. */
+EXPORTED int hf_bnn_linear_weight_only(int64_t set, parallel_for pool, int64_t threads, const float *x,
+                                       int64_t row_step, int64_t rows, int64_t inputs, const uint32_t *weights,
+                                       int64_t outputs, const float *scale, const float *offset, float *out);
+
+/* Two products; a hidden value h counts as -1 where low <= h < high. */
+EXPORTED int hf_bnn_ffn(int64_t set, parallel_for pool, int64_t threads, const float *x, int64_t row_step,
+                        int64_t rows, int64_t inputs, const float *threshold, int per_input, const uint32_t *first,
+                        int64_t hidden, const float *first_scale, const float *first_offset, float low, float high,
+                        const uint32_t *second, int64_t outputs, const float *second_scale,
+                        const float *second_offset, float *out);
+
+/* NCHW or NHWC floats and panels [group][panel][kernel row][kernel column][word][16] to NHWC floats. `corners` is
+ * [kh + 1][kw + 1][outputs]: the sum of the kernel's signs above and left of a corner. `shift`, or NULL: its product
+ * with the sum of the signs that a pixel sees is added to the bias. All sizes are at least 1. */
+EXPORTED int hf_bnn_conv2d(int64_t set, parallel_for pool, int64_t threads, const struct conv2d_shape *shape,
+                           const float *x, const float *threshold, int per_input, const uint32_t *weights,
+                           const int32_t *corners, const float *scale, const float *shift, const float *bias,
+                           float *out);
+
+/* For benchmarks: counts differing bits in registers; returns how many it compared, 0 if the processor cannot. */
+EXPORTED int64_t hf_bnn_count_bits(int64_t rounds);
+
+#endif

@@ -1,0 +1,173 @@
+"""The compiled library: where it is, which of its instruction sets run, and torch's threads for it."""
+
+import ctypes
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+VARIABLE = "HF_BNN_KERNEL"
+KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
+INTERFACE = 1  # of csrc/dispatch.c
+
+# Multiply-accumulates per microsecond and thread, roughly: what decides whether threads are worth waking.
+SPEED = {"avx512": 1_600_000, "avx512bw": 900_000, "avx2": 400_000, "neon": 200_000, "scalar": 130_000}
+SLOWEST = 100_000
+WORTH_THREADS = 50  # microseconds of work: waking a second thread takes about ten
+
+
+class Conv2dShape(ctypes.Structure):
+    """`struct conv2d_shape` of csrc/conv2d.c."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "channels", "height", "width")),
+        *((name, c_int64) for name in ("image_step", "channel_step", "row_step", "pixel_step", "outputs")),
+        *((name, c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")),
+        *((name, c_int64) for name in ("groups", "out_height", "out_width")),
+    )
+
+
+_CALL = (c_int64, c_void_p, c_int64)  # instruction set, thread pool or None, threads
+_ROWS = (c_void_p, c_int64, c_int64, c_int64)  # inputs, floats from row to row, rows, inputs in a row
+_THRESHOLD = (c_void_p, c_int)  # values, whether there is one per input
+_MATRIX = (c_void_p, c_int64, c_void_p, c_void_p)  # panels, outputs, scale, offset
+_SIGNATURES = {
+    "hf_bnn_interface": (c_int64, ()),
+    "hf_bnn_name": (c_char_p, (c_int64,)),
+    "hf_bnn_available": (c_int, (c_int64,)),
+    "hf_bnn_count_bits": (c_int64, (c_int64,)),
+    "hf_bnn_linear": (c_int, (*_CALL, *_ROWS, *_THRESHOLD, *_MATRIX, c_void_p)),
+    "hf_bnn_linear_weight_only": (c_int, (*_CALL, *_ROWS, *_MATRIX, c_void_p)),
+    "hf_bnn_ffn": (c_int, (*_CALL, *_ROWS, *_THRESHOLD, *_MATRIX, c_float, c_float, *_MATRIX, c_void_p)),
+    "hf_bnn_conv2d": (c_int, (*_CALL, ctypes.POINTER(Conv2dShape), c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
+}
+
+
+class Library(NamedTuple):
+    """The compiled functions, or None and the reason why there are none."""
+
+    functions: ctypes.CDLL | None
+    problem: str = ""
+
+
+def load(path: Path | str | None) -> Library:
+    """The library in the file `path`, None if no such file was built."""
+    if path is None:
+        return Library(None, "they were not built, for want of a C compiler at installation")
+    try:
+        functions = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(functions, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return Library(None, f"{path} cannot be loaded ({error})")
+    if functions.hf_bnn_interface() != INTERFACE:
+        return Library(None, f"{path} was built from another version of the sources")
+    return Library(functions)
+
+
+@cache
+def library() -> Library:
+    """The library that was built with this package."""
+    spec = importlib.util.find_spec(f"{__package__}._library")
+    return load(spec.origin if spec else None)
+
+
+@cache
+def _instruction_sets() -> dict[str, int]:
+    """The library's instruction sets that this processor has, best first, and their numbers."""
+    functions, found, number = library().functions, {}, 0
+    while functions and (name := functions.hf_bnn_name(number)):
+        if functions.hf_bnn_available(number):
+            found[name.decode()] = number
+        number += 1
+    return found
+
+
+def available() -> tuple[str, ...]:
+    """The backends that run here, best first; the last one is "torch"."""
+    return (*_instruction_sets(), "torch")
+
+
+def checked(name: str, source: str) -> str:
+    """`name` if it is a backend that runs here; `source` says where it comes from."""
+    if name not in KNOWN:
+        raise ValueError(f"{source}={name!r}: expected one of {', '.join(KNOWN)}, or nothing for the best one")
+    if name not in available():
+        reason = library().problem or "this processor lacks its instructions"
+        raise ValueError(f"{source}={name!r} does not run here: {reason}; what runs is {', '.join(available())}")
+    return name
+
+
+@cache
+def _default() -> str:
+    asked = os.environ.get(VARIABLE)
+    if asked:
+        return checked(asked, VARIABLE)
+    if library().functions is None:
+        warnings.warn(
+            f"binary layers run in torch, several times slower than compiled: hf_bnn has no compiled kernels, since "
+            f"{library().problem}. Install a C compiler such as gcc and reinstall hf_bnn, or set {VARIABLE}=torch "
+            f"to silence this",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return available()[0]
+
+
+_in_use: list[str] = []  # of `using`, innermost last
+
+
+def backend() -> str:
+    """What runs binary products: the best instruction set here, or what HF_BNN_KERNEL asks for, or "torch".
+
+    Says once, as a RuntimeWarning, if there are no compiled kernels.
+    """
+    return _in_use[-1] if _in_use else _default()
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Another backend for a while, in all threads: to compare them."""
+    _in_use.append(checked(name, "backend"))
+    try:
+        yield
+    finally:
+        _in_use.pop()
+
+
+def instruction_set() -> int | None:
+    """The number of the backend in the library, None for torch."""
+    return _instruction_sets().get(backend())
+
+
+@cache
+def thread_pool() -> int | None:
+    """The address of `torch_parallel_for`, in torch's C interface since 2.10; None where torch lacks it."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.exists():
+            function = getattr(ctypes.CDLL(str(path)), "torch_parallel_for", None)
+            return ctypes.cast(function, c_void_p).value if function else None
+    return None
+
+
+def threads_for(work: int) -> tuple[int | None, int]:
+    """The thread pool and how many of its threads `work` multiply-accumulates are worth: (None, 1) if only one."""
+    if work < WORTH_THREADS * SPEED.get(backend(), SLOWEST):
+        return None, 1
+    pool, threads = thread_pool(), torch.get_num_threads()
+    return (pool, threads) if pool and threads > 1 else (None, 1)
+
+
+def call(name: str, *arguments: object) -> None:
+    """Run a function of the library; tensors are given by their addresses."""
+    if getattr(library().functions, name)(*arguments):
+        raise MemoryError(f"{name} could not allocate its buffers: use a smaller batch")

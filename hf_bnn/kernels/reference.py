@@ -1,0 +1,103 @@
+"""The ops in torch alone: what the compiled kernels must equal, and what runs where there are none."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .weights import conv2d_signs, linear_signs
+
+
+def below(x: Tensor, threshold: float, thresholds: Tensor | None) -> Tensor:
+    """Which values count as -1: NaN and, against a threshold of 0, -0.0 do not."""
+    return x < (threshold if thresholds is None else thresholds)
+
+
+def signs(x: Tensor, threshold: float, thresholds: Tensor | None) -> Tensor:
+    """int8 signs of `x`."""
+    return 1 - 2 * below(x, threshold, thresholds).to(torch.int8)
+
+
+def product(rows: Tensor, weight: Tensor) -> Tensor:
+    """`rows @ weight.T` for int8 signs `(rows, in)` and `(out, in)`: exact sums as float32."""
+    # Of a single input torch 2.13 leaves int8 sums uninitialised; nor does it take empty matrices.
+    if rows.device.type == "cpu" and rows.shape[0] and weight.shape[0] and rows.shape[1] > 1:
+        return torch._int_mm(rows, weight.t()).float()
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows.float() @ weight.t().float()  # exact for fewer than 2**24 inputs
+
+
+def rescaled(sums: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """sums * scale + offset, each operation rounded: the order of hf_bnn.layers.rescale."""
+    y = sums * scale
+    return y if offset is None else y.add_(offset)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None = None,
+    threshold: float = 0.0,
+    thresholds: Tensor | None = None,
+) -> Tensor:
+    """See ops.linear."""
+    size, out = x.shape[-1], scale.shape[0]
+    rows = signs(x, threshold, thresholds).reshape(x.shape[:-1].numel(), size)
+    sums = product(rows.contiguous(), linear_signs(weight, out, size).contiguous())
+    return rescaled(sums, scale, offset).view(*x.shape[:-1], out).to(x.dtype)
+
+
+def linear_weight_only(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """See ops.linear_weight_only."""
+    sums = F.linear(x, linear_signs(weight, scale.shape[0], x.shape[-1]).to(x.dtype))
+    return rescaled(sums, scale, offset).to(x.dtype)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    corners: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    threshold: float = 0.0,
+    thresholds: Tensor | None = None,
+) -> Tensor:
+    """See ops.conv2d."""
+    geometry = (stride, padding, dilation, groups)
+    kernels = conv2d_signs(weight, corners, x.shape[1], groups).float()
+    inputs = signs(
+        x, threshold, thresholds if thresholds is None or thresholds.dim() == 0 else thresholds.view(-1, 1, 1)
+    )
+    offset = None if bias is None else bias.view(-1, 1, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        sums = F.conv2d(inputs.float(), kernels, None, *geometry)
+        if shift is not None:
+            seen = F.conv2d(torch.ones_like(inputs[:1], dtype=torch.float32), kernels, None, *geometry)
+            weighted = seen * shift.view(-1, 1, 1)
+            offset = weighted if offset is None else weighted + offset
+    y = rescaled(sums, scale.view(-1, 1, 1), offset).to(x.dtype)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def ffn(
+    x: Tensor,
+    first: Tensor,
+    first_scale: Tensor,
+    first_offset: Tensor | None,
+    low: float,
+    high: float,
+    second: Tensor,
+    second_scale: Tensor,
+    second_offset: Tensor | None,
+    threshold: float = 0.0,
+    thresholds: Tensor | None = None,
+) -> Tensor:
+    """See ops.ffn."""
+    hidden = linear(x, first, first_scale, first_offset, threshold, thresholds)
+    bits = (hidden >= low) & (hidden < high)
+    return linear(bits.to(x.dtype).neg(), second, second_scale, second_offset)

@@ -1,0 +1,151 @@
+"""Weights laid out again for a backend. Checkpoints hold the layout of `pack_bits`, whatever the machine.
+
+Compiled kernels take panels, int32: see csrc/kernels.h. torch takes signs, int8. Every op takes both.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import backend
+
+PANEL, WORD, PAIR = 16, 32, 64  # outputs in a panel, bits in a word, bits in a pair of words
+# Weights between a group's inputs and outputs: in smaller ones (depthwise: 1) nearly all of a panel is padding, and
+# torch's convolution is faster.
+SMALLEST_GROUP = 64
+
+
+class LinearWeight(NamedTuple):
+    """A weight of `out_features x in_features` bits as a backend takes it.
+
+    >>> weight = LinearWeight.from_bits(torch.tensor([[1], [2]], dtype=torch.uint8), 3)
+    >>> weight.in_features, weight.out_features
+    (3, 2)
+    """
+
+    data: Tensor
+    in_features: int
+    out_features: int
+
+    @classmethod
+    def from_bits(cls, bits: Tensor, in_features: int) -> "LinearWeight":
+        """From uint8 `(out, ceil(in / 8))`, little-endian along the input, bit 1 = negative."""
+        expected = -(-in_features // 8)
+        if bits.dtype != torch.uint8 or bits.dim() != 2 or bits.shape[1] != expected:
+            raise ValueError(
+                f"bits of {bits.dtype} and shape {tuple(bits.shape)}: expected uint8 (out, {expected}) for "
+                f"in_features={in_features}, as pack_bits makes them"
+            )
+        data = bits_to_panels(bits, in_features) if takes_panels(bits) else bits_to_signs(bits, in_features)
+        return cls(data, in_features, bits.shape[0])
+
+
+class Conv2dWeight(NamedTuple):
+    """A convolution's weight of bits as a backend takes it: `data`, and sums of signs for pixels at the border.
+
+    `corners[y, x]` is the sum over the first y rows and x columns of the kernel, int32 `(kh + 1, kw + 1, out)`.
+
+    >>> weight = Conv2dWeight.from_bits(torch.zeros(4, 1, 3, 2, dtype=torch.uint8), in_channels=5)
+    >>> weight.kernel_size, weight.corners[-1, -1, 0].item()
+    ((3, 2), 30)
+    """
+
+    data: Tensor
+    corners: Tensor
+    in_channels: int
+    groups: int
+
+    @classmethod
+    def from_bits(cls, bits: Tensor, in_channels: int, groups: int = 1) -> "Conv2dWeight":
+        """From uint8 `(out, ceil(in / groups / 8), kh, kw)`, little-endian along the input, bit 1 = negative."""
+        if groups < 1 or in_channels % groups or bits.shape[0] % groups:
+            raise ValueError(f"groups={groups}: expected a divisor of {in_channels} inputs and {bits.shape[0]} outputs")
+        channels = in_channels // groups
+        if bits.dtype != torch.uint8 or bits.dim() != 4 or bits.shape[1] != -(-channels // 8):
+            raise ValueError(
+                f"bits of {bits.dtype} and shape {tuple(bits.shape)}: expected uint8 "
+                f"(out, {-(-channels // 8)}, kh, kw) for in_channels={in_channels} and groups={groups}"
+            )
+        out, _, kh, kw = bits.shape
+        taps = bits.permute(0, 2, 3, 1).reshape(out * kh * kw, bits.shape[1])
+        signs = bits_to_signs(taps, channels).view(out, kh, kw, channels)
+        corners = torch.zeros(kh + 1, kw + 1, out, dtype=torch.int32, device=bits.device)
+        corners[1:, 1:] = signs.sum(3, dtype=torch.int32).permute(1, 2, 0).cumsum(0).cumsum(1)
+        if takes_panels(bits) and groups_are_large(in_channels, out, groups):
+            words = _bits_to_words(taps, channels).view(groups, out // groups, -1)
+            return cls(torch.cat([_words_to_panels(group) for group in words]), corners, in_channels, groups)
+        return cls(signs.permute(0, 3, 1, 2).contiguous(), corners, in_channels, groups)
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.corners.shape[0] - 1, self.corners.shape[1] - 1
+
+
+def takes_panels(tensor: Tensor) -> bool:
+    """Whether compiled kernels will run on the device of `tensor`."""
+    return tensor.device.type == "cpu" and backend() != "torch"
+
+
+def groups_are_large(channels: int, outputs: int, groups: int) -> bool:
+    """Whether a convolution's groups are worth a kernel: small ones, as of a depthwise convolution, go to torch."""
+    return groups == 1 or (channels // groups) * (outputs // groups) >= SMALLEST_GROUP
+
+
+def bits_to_signs(bits: Tensor, size: int) -> Tensor:
+    """uint8 `(out, ceil(size / 8))` to int8 signs `(out, size)`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (1 - 2 * (bits.unsqueeze(-1) >> shifts & 1).to(torch.int8)).flatten(1)[:, :size]
+
+
+def _bits_to_words(bits: Tensor, size: int) -> Tensor:
+    """uint8 `(out, ceil(size / 8))` to int32 `(out, words)` in pairs (first, first ^ second)."""
+    padded = F.pad(bits, (0, -bits.shape[1] % (PAIR // 8)))
+    if size % 8:  # bits behind the last input would count as differences
+        padded[:, size // 8] &= (1 << size % 8) - 1
+    shifts = torch.arange(0, WORD, 8, dtype=torch.int64, device=bits.device)
+    words = (padded.unflatten(1, (padded.shape[1] // 4, 4)).to(torch.int64) << shifts).sum(-1)
+    words = words - (words >> 31 << 32)  # the number that int32 has for these bits
+    pairs = words.to(torch.int32).unflatten(1, (words.shape[1] // 2, 2))
+    return torch.stack((pairs[..., 0], pairs[..., 0] ^ pairs[..., 1]), -1).flatten(1)
+
+
+def _words_to_panels(words: Tensor) -> Tensor:
+    """int32 `(out, words)` to `(ceil(out / 16), words, 16)`."""
+    padded = F.pad(words, (0, 0, 0, -words.shape[0] % PANEL))
+    return padded.unflatten(0, (padded.shape[0] // PANEL, PANEL)).transpose(1, 2).contiguous()
+
+
+def bits_to_panels(bits: Tensor, in_features: int) -> Tensor:
+    """uint8 `(out, ceil(in / 8))` to int32 `(ceil(out / 16), words, 16)`, words in pairs (first, first ^ second)."""
+    return _words_to_panels(_bits_to_words(bits, in_features))
+
+
+def panels_to_signs(panels: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Inverse of `bits_to_panels`, as int8 signs `(out, in)`."""
+    pairs = panels.transpose(1, 2).flatten(0, 1)[:out_features].unflatten(1, (panels.shape[1] // 2, 2))
+    words = torch.stack((pairs[..., 0], pairs[..., 0] ^ pairs[..., 1]), -1).flatten(1)
+    shifts = torch.arange(WORD, dtype=torch.int32, device=panels.device)
+    signs = 1 - 2 * (words.unsqueeze(-1) >> shifts & 1).to(torch.int8)
+    return signs.flatten(1)[:, :in_features]
+
+
+def linear_signs(data: Tensor, out_features: int, in_features: int) -> Tensor:
+    """int8 signs `(out, in)` from either layout."""
+    return data if data.dtype == torch.int8 else panels_to_signs(data, out_features, in_features)
+
+
+def conv2d_signs(data: Tensor, corners: Tensor, in_channels: int, groups: int) -> Tensor:
+    """int8 signs `(out, in / groups, kh, kw)` from either layout."""
+    if data.dtype == torch.int8:
+        return data
+    (kh, kw, out), channels = corners.shape, in_channels // groups
+    taps, padded = (kh - 1) * (kw - 1), -(-channels // PAIR) * PAIR
+    signs = [panels_to_signs(group, out // groups, taps * padded) for group in data.chunk(groups)]
+    return torch.cat(signs).view(out, kh - 1, kw - 1, padded)[..., :channels].permute(0, 3, 1, 2)
+
+
+def linear_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
+    """The shape of panels."""
+    return -(-out_features // PANEL), -(-in_features // PAIR) * 2, PANEL
