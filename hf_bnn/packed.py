@@ -1,10 +1,14 @@
 """Inference layers: the bits of the weights under the key `weight`, and one scale per output channel."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .embeddings import BinaryEmbedding, Int8Embedding
 from .functional import clipped_sign, pack_bits, unpack_bits
+from .kernels.weights import groups_are_large, takes_panels
 from .layers import BinaryConv2d, BinaryLinear, WeightedLayer, rescale, sign_product
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
@@ -16,6 +20,8 @@ class _PackedWeight(nn.Module):
     """What both packed layers share. Comes before the float layer whose place they take."""
 
     product: LinearProduct | Conv2dProduct
+    has_kernel = True  # whether compiled kernels, where there are any, are faster than torch
+    _laid_out: tuple | None = None
 
     def hold(
         self,
@@ -65,6 +71,9 @@ class _PackedWeight(nn.Module):
                 f"a packed layer was given {x.dtype} inputs: perhaps the model casts them to the dtype of the layer's "
                 "weight, as T5 does; leave that layer float (skip=..., exclude=...) when the model is made binary"
             )
+        compiled = self.binary_inputs and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if compiled and x.numel() and x.device == self.weight.device and takes_panels(self.weight) and self.has_kernel:
+            return self.run_compiled(x)
         signs, product = self.signs(), self.product
         if torch.is_grad_enabled() and (x.requires_grad or self.training):
             inputs = clipped_sign(self.input_levels.normalize(x)) if self.binary_inputs else x
@@ -73,6 +82,18 @@ class _PackedWeight(nn.Module):
             scale = product.per_channel(self.weight_scale)
             return rescale(product(inputs, signs.to(inputs.dtype)), scale, total, self.input_levels, bias).to(x.dtype)
         return sign_product(product, x, signs, self.weight_scale, self.input_levels, self.bias, self.binary_inputs)
+
+    def laid_out(self) -> Any:
+        """What `lay_out` makes: when first asked for, and anew when the bits have changed."""
+        weight = self.weight
+        # An inference tensor has no version; what it holds changes only where it is replaced.
+        state = (weight.data_ptr(), None if weight.is_inference() else weight._version, kernels.backend())
+        if self._laid_out is None or self._laid_out[0] != state:
+            self._laid_out = (state, self.lay_out())
+        return self._laid_out[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_laid_out": None}  # a copy, or a pickle, makes its own
 
 
 class PackedLinear(_PackedWeight, nn.Linear):
@@ -110,6 +131,19 @@ class PackedLinear(_PackedWeight, nn.Linear):
     def signs(self) -> Tensor:
         """The weights' signs, int8 `(out, in)`."""
         return unpack_bits(self.weight, self.in_features)
+
+    def lay_out(self) -> tuple[kernels.LinearWeight, Tensor]:
+        """The bits as a kernel takes them, and the sum of the signs that each output sees."""
+        return kernels.LinearWeight.from_bits(self.weight, self.in_features), self.signs().sum(1, dtype=torch.float32)
+
+    def run_compiled(self, x: Tensor) -> Tensor:
+        """What `sign_product` computes, bit for bit."""
+        (weight, sums), (scale, shift) = self.laid_out(), self.input_levels.affine()
+        offset = self.bias
+        if self.input_levels.shifted:
+            offset = sums * (self.weight_scale * shift)
+            offset = offset if self.bias is None else offset + self.bias
+        return kernels.linear(x, weight, self.weight_scale * scale, offset, self.input_levels.threshold())
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -169,6 +203,21 @@ class PackedConv2d(_PackedWeight, nn.Conv2d):
     @property
     def product(self) -> Conv2dProduct:
         return Conv2dProduct(self.stride, self.padding, self.dilation, self.groups)
+
+    @property
+    def has_kernel(self) -> bool:
+        return groups_are_large(self.in_channels, self.out_channels, self.groups)
+
+    def lay_out(self) -> kernels.Conv2dWeight:
+        """The bits as a kernel takes them, with the sums of signs that it needs at the border."""
+        return kernels.Conv2dWeight.from_bits(self.weight, self.in_channels, self.groups)
+
+    def run_compiled(self, x: Tensor) -> Tensor:
+        """What `sign_product` computes, bit for bit."""
+        scale, shift = self.input_levels.affine()
+        shift = self.weight_scale * shift if self.input_levels.shifted else None
+        geometry = (self.stride, self.padding, self.dilation, self.input_levels.threshold())
+        return kernels.conv2d(x, self.laid_out(), self.weight_scale * scale, self.bias, shift, *geometry)
 
 
 class _PackedEmbedding(nn.Embedding):

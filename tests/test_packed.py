@@ -10,12 +10,12 @@ from test_layers import LEVELS, layer_of
 from tiny import Net, optimizer_of, tiny_batch, tiny_model, train_steps
 from torch import nn
 
-from hf_bnn import binarize_, pack_, unpack_
+from hf_bnn import binarize_, kernels, pack_, unpack_
 from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
 from hf_bnn.functional import unpack_bits, weight_scale
-from hf_bnn.layers import BinaryLinear
+from hf_bnn.layers import BinaryConv2d, BinaryLinear
 from hf_bnn.levels import ElasticLevels
-from hf_bnn.packed import PACKED, PackedBinaryEmbedding, PackedInt8Embedding, PackedLinear, is_packed
+from hf_bnn.packed import PACKED, PackedBinaryEmbedding, PackedConv2d, PackedInt8Embedding, PackedLinear, is_packed
 
 every_levels = pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
 SHAPES = [(12,), (5, 12), (3, 5, 12), (2, 3, 5, 12), (0, 12), (3, 0, 12)]
@@ -42,6 +42,53 @@ def test_packed_equals_latent_at_sizes_that_do_not_fill_a_byte(levels, size: int
     packed, x = PackedLinear.from_latent(layer), torch.randn(9, size)
     assert torch.equal(packed(x), layer(x))
     assert packed.weight.shape == (5, -(-size // 8))
+
+
+# The compiled kernels
+
+
+def packed_pair(levels, kind: str) -> tuple[nn.Module, torch.Tensor]:
+    """A packed layer of each kind, on moved levels, with a batch for it."""
+    if kind == "linear":
+        return PackedLinear.from_latent(layer_of(levels)), torch.randn(9, 12)
+    conv = BinaryConv2d(12, 24, 3, stride=2, padding=1, groups=2, levels=levels())
+    return PackedConv2d.from_latent(conv), torch.randn(2, 12, 7, 6)
+
+
+@every_levels
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_every_backend_gives_the_same_bits(levels, kind: str):
+    layer, x = packed_pair(levels, kind)
+    expected = layer.eval()(x), layer(x.bfloat16())  # where a gradient may be asked for, torch's operators run
+    assert all(y.requires_grad for y in expected)
+    with torch.no_grad():
+        for backend in kernels.available():
+            with kernels.using(backend):
+                assert torch.equal(layer(x), expected[0]), backend
+                assert torch.equal(layer(x.bfloat16()), expected[1]), backend
+
+
+compiled = pytest.mark.skipif(kernels.available() == ("torch",), reason="no compiled kernels: no C compiler was there")
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_bits_are_laid_out_once_and_again_when_they_change(kind: str, monkeypatch):
+    layer, x = packed_pair(ElasticLevels, kind)
+    made, lay_out = [], type(layer).lay_out
+    monkeypatch.setattr(type(layer), "lay_out", lambda self: made.append(1) or lay_out(self))
+    with torch.no_grad(), kernels.using(kernels.available()[0]):
+        before = layer(x)
+        assert torch.equal(layer(x), before)
+        assert len(made) == 1
+        layer.load_state_dict({**layer.state_dict(), "weight": layer.weight.bitwise_not()})
+        assert not torch.equal(layer(x), before)
+        assert len(made) == 2
+        assert copy.deepcopy(layer)._laid_out is None
+    assert not [key for key in layer.state_dict() if "laid_out" in key]
+    with torch.inference_mode(), kernels.using(kernels.available()[0]):
+        loaded = copy.deepcopy(layer)
+        assert torch.equal(loaded(x), loaded(x))
 
 
 @every_levels
