@@ -78,11 +78,28 @@ def runs_table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def images_table(folder: Path) -> str:
+    """Runs of the Fashion-MNIST recipes, by their all_results.json: `fashion_mnist_MODEL_ARM.json`."""
+    lines = [
+        "| recipe | float | binary, STE | kept | binary, SURGE | kept | training, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model in ("resnet", "vit"):
+        arms = ("float", "ste", "surge")
+        runs = [json.loads((folder / f"fashion_mnist_{model}_{arm}.json").read_text()) for arm in arms]
+        plain, ste, surge = (run["eval_accuracy"] for run in runs)
+        seconds = " / ".join(f"{run['train_runtime']:.0f}" for run in runs)
+        cells = [f"{plain:.1%}", f"{ste:.1%}", f"{ste / plain:.3f}", f"{surge:.1%}", f"{surge / plain:.3f}", seconds]
+        lines.append(f"| `fashion_mnist_{model}.json` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def updated(text: str) -> str:
     """The README with its generated parts as the committed figures have them."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("quickstart*.json"))]
     parts = {
         "runs": runs_table(runs),
+        "images": images_table(RESULTS),
         "methods": methods_table(json.loads((RESULTS / "bench_training.json").read_text())),
         "orders": orders_table(json.loads((RESULTS / "stompp_order.json").read_text())),
         "fsg": fsg_text(json.loads((RESULTS / "fsg.json").read_text())),

@@ -17,8 +17,8 @@ from hf_bnn import pack_
 
 PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
-    {"functional", "integrity", "allocator", "activations", "kernels"},
-    {"levels", "products", "methods", "embeddings"},
+    {"functional", "integrity", "allocator", "activations"},
+    {"levels", "products", "methods", "embeddings", "kernels"},
     {"layers"},
     {"packed", "attention"},
     {"convert", "summary"},

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..functional import unpack_bits
 from .library import backend
 
 PANEL, WORD, PAIR = 16, 32, 64  # outputs in a panel, bits in a word, bits in a pair of words
@@ -38,7 +39,7 @@ class LinearWeight(NamedTuple):
                 f"bits of {bits.dtype} and shape {tuple(bits.shape)}: expected uint8 (out, {expected}) for "
                 f"in_features={in_features}, as pack_bits makes them"
             )
-        data = bits_to_panels(bits, in_features) if takes_panels(bits) else bits_to_signs(bits, in_features)
+        data = bits_to_panels(bits, in_features) if takes_panels(bits) else unpack_bits(bits, in_features)
         return cls(data, in_features, bits.shape[0])
 
 
@@ -70,7 +71,7 @@ class Conv2dWeight(NamedTuple):
             )
         out, _, kh, kw = bits.shape
         taps = bits.permute(0, 2, 3, 1).reshape(out * kh * kw, bits.shape[1])
-        signs = bits_to_signs(taps, channels).view(out, kh, kw, channels)
+        signs = unpack_bits(taps, channels).view(out, kh, kw, channels)
         corners = torch.zeros(kh + 1, kw + 1, out, dtype=torch.int32, device=bits.device)
         corners[1:, 1:] = signs.sum(3, dtype=torch.int32).permute(1, 2, 0).cumsum(0).cumsum(1)
         if takes_panels(bits) and groups_are_large(in_channels, out, groups):
@@ -91,12 +92,6 @@ def takes_panels(tensor: Tensor) -> bool:
 def groups_are_large(channels: int, outputs: int, groups: int) -> bool:
     """Whether a convolution's groups are worth a kernel: small ones, as of a depthwise convolution, go to torch."""
     return groups == 1 or (channels // groups) * (outputs // groups) >= SMALLEST_GROUP
-
-
-def bits_to_signs(bits: Tensor, size: int) -> Tensor:
-    """uint8 `(out, ceil(size / 8))` to int8 signs `(out, size)`."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (1 - 2 * (bits.unsqueeze(-1) >> shifts & 1).to(torch.int8)).flatten(1)[:, :size]
 
 
 def _bits_to_words(bits: Tensor, size: int) -> Tensor:
