@@ -78,6 +78,30 @@ def runs_table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+SPEED_ROWS = {
+    "linear": "W1A1 linear",
+    "ffn": "W1A1 feed-forward block, fused",
+    "w1a32": "1-bit weights, float inputs, linear",
+    "resnet18_body": "the 19 convolutions of ResNet-18's stages",
+}
+
+
+def speed_table(benchmark: dict) -> str:
+    """The kernels over torch's layers of three precisions, by shape."""
+    lines = ["| product | shape | ms | over float32 | over bfloat16 | over dynamic int8 |", "|---|---|---|---|---|---|"]
+    for row in benchmark["rows"]:
+        kind = next((kind for kind in SPEED_ROWS if row["name"].startswith(f"{kind}_")), None)
+        if kind is not None:
+            shape = row["name"].removeprefix(f"{kind}_").replace("_", " ")
+            ratios = [row[f"speedup_{name}"] for name in ("fp32", "bf16", "int8")]
+            cells = ["-" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
+            lines.append(f"| {SPEED_ROWS[kind]} | {shape} | {row['ms_median']:.4f} | " + " | ".join(cells) + " |")
+    machine = benchmark["environment"]
+    where = f"{machine['backend']} kernels, {machine['cpu']}, torch {machine['torch']}"
+    note = f"{machine['rounds']} rounds, one thread, {where}."
+    return "\n".join([*lines, "", note])
+
+
 def images_table(folder: Path) -> str:
     """Runs of the Fashion-MNIST recipes, by their all_results.json: `fashion_mnist_MODEL_ARM.json`."""
     lines = [
@@ -100,6 +124,7 @@ def updated(text: str) -> str:
     parts = {
         "runs": runs_table(runs),
         "images": images_table(RESULTS),
+        "speed": speed_table(json.loads((RESULTS / "bench_inference.json").read_text())),
         "methods": methods_table(json.loads((RESULTS / "bench_training.json").read_text())),
         "orders": orders_table(json.loads((RESULTS / "stompp_order.json").read_text())),
         "fsg": fsg_text(json.loads((RESULTS / "fsg.json").read_text())),
