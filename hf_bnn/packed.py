@@ -83,13 +83,14 @@ class _PackedWeight(nn.Module):
             return rescale(product(inputs, signs.to(inputs.dtype)), scale, total, self.input_levels, bias).to(x.dtype)
         return sign_product(product, x, signs, self.weight_scale, self.input_levels, self.bias, self.binary_inputs)
 
-    def laid_out(self) -> Any:
-        """What `lay_out` makes: when first asked for, and anew when the bits have changed."""
-        weight = self.weight
+    def laid_out(self) -> tuple:
+        """What `lay_out` makes: when first asked for, and anew when a tensor that it is made of has changed."""
+        tensors = (self.weight, self.weight_scale, self.bias, *self.input_levels._parameters.values())
         # An inference tensor has no version; what it holds changes only where it is replaced.
-        state = (weight.data_ptr(), None if weight.is_inference() else weight._version, kernels.backend())
+        state = [(id(t), t.data_ptr(), t.is_inference() or t._version) for t in tensors if t is not None]
+        state.append(kernels.backend())
         if self._laid_out is None or self._laid_out[0] != state:
-            self._laid_out = (state, self.lay_out())
+            self._laid_out = (state, self.lay_out(), tensors)  # kept, so that no other gets the id of one of them
         return self._laid_out[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,18 +133,18 @@ class PackedLinear(_PackedWeight, nn.Linear):
         """The weights' signs, int8 `(out, in)`."""
         return unpack_bits(self.weight, self.in_features)
 
-    def lay_out(self) -> tuple[kernels.LinearWeight, Tensor]:
-        """The bits as a kernel takes them, and the sum of the signs that each output sees."""
-        return kernels.LinearWeight.from_bits(self.weight, self.in_features), self.signs().sum(1, dtype=torch.float32)
+    def lay_out(self) -> tuple:
+        """What a kernel takes beside the inputs: it then computes what `sign_product` does, bit for bit."""
+        levels, offset = self.input_levels, self.bias
+        scale, shift = levels.affine()
+        if levels.shifted:
+            offset = self.product.weight_sum(self.signs(), None) * (self.weight_scale * shift)
+            offset = offset if self.bias is None else offset + self.bias
+        weight = kernels.LinearWeight.from_bits(self.weight, self.in_features)
+        return weight, self.weight_scale * scale, offset, levels.threshold()
 
     def run_compiled(self, x: Tensor) -> Tensor:
-        """What `sign_product` computes, bit for bit."""
-        (weight, sums), (scale, shift) = self.laid_out(), self.input_levels.affine()
-        offset = self.bias
-        if self.input_levels.shifted:
-            offset = sums * (self.weight_scale * shift)
-            offset = offset if self.bias is None else offset + self.bias
-        return kernels.linear(x, weight, self.weight_scale * scale, offset, self.input_levels.threshold())
+        return kernels.linear(x, *self.laid_out())
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -208,16 +209,17 @@ class PackedConv2d(_PackedWeight, nn.Conv2d):
     def has_kernel(self) -> bool:
         return groups_are_large(self.in_channels, self.out_channels, self.groups)
 
-    def lay_out(self) -> kernels.Conv2dWeight:
-        """The bits as a kernel takes them, with the sums of signs that it needs at the border."""
-        return kernels.Conv2dWeight.from_bits(self.weight, self.in_channels, self.groups)
+    def lay_out(self) -> tuple:
+        """What a kernel takes beside the inputs: it then computes what `sign_product` does, bit for bit."""
+        levels = self.input_levels
+        scale, shift = levels.affine()
+        shift = self.weight_scale * shift if levels.shifted else None
+        weight = kernels.Conv2dWeight.from_bits(self.weight, self.in_channels, self.groups)
+        geometry = (self.stride, self.padding, self.dilation)
+        return weight, self.weight_scale * scale, self.bias, shift, *geometry, levels.threshold()
 
     def run_compiled(self, x: Tensor) -> Tensor:
-        """What `sign_product` computes, bit for bit."""
-        scale, shift = self.input_levels.affine()
-        shift = self.weight_scale * shift if self.input_levels.shifted else None
-        geometry = (self.stride, self.padding, self.dilation, self.input_levels.threshold())
-        return kernels.conv2d(x, self.laid_out(), self.weight_scale * scale, self.bias, shift, *geometry)
+        return kernels.conv2d(x, *self.laid_out())
 
 
 class _PackedEmbedding(nn.Embedding):

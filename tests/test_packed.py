@@ -84,6 +84,16 @@ def test_bits_are_laid_out_once_and_again_when_they_change(kind: str, monkeypatc
         layer.load_state_dict({**layer.state_dict(), "weight": layer.weight.bitwise_not()})
         assert not torch.equal(layer(x), before)
         assert len(made) == 2
+        for tensor in (layer.bias, layer.weight_scale, layer.input_levels.width, layer.input_levels.offset):
+            before = layer(x)
+            tensor.add_(0.5)
+            assert not torch.equal(layer(x), before)
+        assert len(made) == 6
+        before, bits = layer(x), layer.weight.clone()
+        layer.weight = bits.bitwise_not()
+        assert not torch.equal(layer(x), before)
+        layer.weight = bits
+        assert torch.equal(layer(x), before)
         assert copy.deepcopy(layer)._laid_out is None
     assert not [key for key in layer.state_dict() if "laid_out" in key]
     with torch.inference_mode(), kernels.using(kernels.available()[0]):
