@@ -1,19 +1,11 @@
 """The networks and the data of scripts/bench_methods.py: small enough to compare methods on a CPU."""
 
-import gzip
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-FASHION_MNIST = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
 
 
 class Data(NamedTuple):
@@ -40,7 +32,7 @@ def fashion_mnist(folder: Path | None, train: int = 20_000) -> Data:
 
     Read from `folder`, which holds the four idx files (gzipped or not), or else from the Hub.
     """
-    tensors = _from_hub(train) if folder is None else [_idx(Path(folder) / name) for name in FASHION_MNIST]
+    tensors = _from_hub(train) if folder is None else _from_files(Path(folder))
     train_x, train_y, test_x, test_y = tensors
     halved = [F.avg_pool2d(x.float().unsqueeze(1), 2) for x in (train_x[:train], test_x)]
     return _standardized(Data(halved[0], train_y[:train].long(), halved[1], test_y.long()))
@@ -56,17 +48,11 @@ def _from_hub(train: int) -> list[Tensor]:
     return tensors
 
 
-def _idx(path: Path) -> Tensor:
-    """An idx file of bytes: a big-endian header, then the values."""
-    packed = path.with_name(path.name + ".gz")
-    if not path.exists() and not packed.exists():
-        raise FileNotFoundError(
-            f"neither {path} nor {packed} exists: give the folder of Fashion-MNIST's four idx files"
-        )
-    content = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
-    dims = content[3]
-    shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
-    return torch.frombuffer(bytearray(content[4 + 4 * dims :]), dtype=torch.uint8).view(shape)
+def _from_files(folder: Path) -> list[Tensor]:
+    from prepare_data import read_fashion_mnist
+
+    splits = read_fashion_mnist(folder)
+    return [torch.tensor(values) for split in ("train", "test") for values in splits[split]]
 
 
 def _standardized(data: Data) -> Data:
