@@ -1,7 +1,9 @@
 """Fast products of 1-bit weights: compiled kernels, and the same in torch where there are none."""
 
+from .conv2d import conv2d
+from .ffn import ffn
 from .library import available, backend, using
-from .ops import conv2d, ffn, linear, linear_weight_only
+from .linear import linear, linear_weight_only
 from .weights import Conv2dWeight, LinearWeight
 
 __all__ = [

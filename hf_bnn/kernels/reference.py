@@ -40,7 +40,7 @@ def linear(
     threshold: float = 0.0,
     thresholds: Tensor | None = None,
 ) -> Tensor:
-    """See ops.linear."""
+    """See kernels.linear."""
     size, out = x.shape[-1], scale.shape[0]
     rows = signs(x, threshold, thresholds).reshape(x.shape[:-1].numel(), size)
     sums = product(rows.contiguous(), linear_signs(weight, out, size).contiguous())
@@ -48,7 +48,7 @@ def linear(
 
 
 def linear_weight_only(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """See ops.linear_weight_only."""
+    """See kernels.linear_weight_only."""
     sums = F.linear(x, linear_signs(weight, scale.shape[0], x.shape[-1]).to(x.dtype))
     return rescaled(sums, scale, offset).to(x.dtype)
 
@@ -67,7 +67,7 @@ def conv2d(
     threshold: float = 0.0,
     thresholds: Tensor | None = None,
 ) -> Tensor:
-    """See ops.conv2d."""
+    """See kernels.conv2d."""
     geometry = (stride, padding, dilation, groups)
     kernels = conv2d_signs(weight, corners, x.shape[1], groups).float()
     inputs = signs(
@@ -97,7 +97,7 @@ def ffn(
     threshold: float = 0.0,
     thresholds: Tensor | None = None,
 ) -> Tensor:
-    """See ops.ffn."""
+    """See kernels.ffn."""
     hidden = linear(x, first, first_scale, first_offset, threshold, thresholds)
     bits = (hidden >= low) & (hidden < high)
     return linear(bits.to(x.dtype).neg(), second, second_scale, second_offset)
