@@ -4,6 +4,7 @@ import importlib
 
 from .convert import binarize_, calibrate_, install_method, pack_, unpack_
 from .diagnostics import InputReport, check_inputs
+from .fused import optimize_
 from .models import (
     BinaryBertConfig,
     BinaryBertForMaskedLM,
@@ -83,6 +84,7 @@ __all__ = [  # noqa: RUF022
     "check_inputs",
     "install_method",
     "make_method",
+    "optimize_",
     "pack_",
     "summary",
     "unpack_",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .fused import restore_
 from .layers import BinaryConv2d, BinaryLayer, BinaryLinear, binary_layers
 from .levels import LearnedLevels, SignedLevels
 from .packed import PACKED, is_packed
@@ -243,6 +244,7 @@ def unpack_(model: nn.Module) -> nn.Module:
     def latent(name: str, module: nn.Module) -> nn.Module | None:
         return module.to_latent().train(module.training) if isinstance(module, tuple(PACKED.values())) else None
 
+    restore_(model)
     if not replace_modules(model, latent):
         raise ValueError(f"nothing to unpack: {type(model).__name__} has no packed layer")
     return install_method(model)

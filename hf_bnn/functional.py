@@ -129,7 +129,8 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
     which is exact as well for fewer than 2**24 inputs.
     """
     # Contiguous, because torch's int8 product misreads rows of stride 0.
-    rows, right = left.reshape(-1, left.shape[-1]).contiguous(), right.contiguous()
+    rows = left.reshape(left.shape[:-1].numel(), left.shape[-1]).contiguous()  # not -1: undefined without inputs
+    right = right.contiguous()
     if _int8_product_takes(rows, right):
         sums = torch._int_mm(rows, right.t()).float()
     else:

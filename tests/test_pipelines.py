@@ -18,6 +18,7 @@ from hf_bnn import (
     BinaryViTForImageClassification,
     pack_,
 )
+from hf_bnn.fused.base import Fused
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "dog", "sat", "on", "mat", "##s"]
 TEXT = "the cat sat on the mat"
@@ -68,6 +69,15 @@ def test_text_classification(tmp_path, tokenizer):
     assert {row["label"]: row["score"] for row in found} == pytest.approx(
         {f"LABEL_{i}": score.item() for i, score in enumerate(expected(model, tokenizer))}
     )
+
+
+def test_text_classification_with_an_optimized_model(tmp_path, tokenizer):
+    model = bert(BinaryBertForSequenceClassification, tokenizer, tmp_path, num_labels=3)
+    options = {"optimize": True}
+    pipe = pipeline("text-classification", model=str(tmp_path), device="cpu", model_kwargs=options)
+    assert any(isinstance(module, Fused) for module in pipe.model.modules())
+    scores = sorted(expected(model, tokenizer).tolist(), reverse=True)
+    assert [row["score"] for row in pipe(TEXT, top_k=None)] == pytest.approx(scores)
 
 
 def test_fill_mask(tmp_path, tokenizer):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..functional import integer_product
 from .weights import conv2d_signs, linear_signs
 
 
@@ -15,15 +16,6 @@ def below(x: Tensor, threshold: float, thresholds: Tensor | None) -> Tensor:
 def signs(x: Tensor, threshold: float, thresholds: Tensor | None) -> Tensor:
     """int8 signs of `x`."""
     return 1 - 2 * below(x, threshold, thresholds).to(torch.int8)
-
-
-def product(rows: Tensor, weight: Tensor) -> Tensor:
-    """`rows @ weight.T` for int8 signs `(rows, in)` and `(out, in)`: exact sums as float32."""
-    # Of a single input torch 2.13 leaves int8 sums uninitialised; nor does it take empty matrices.
-    if rows.device.type == "cpu" and rows.shape[0] and weight.shape[0] and rows.shape[1] > 1:
-        return torch._int_mm(rows, weight.t()).float()
-    with torch.autocast(rows.device.type, enabled=False):
-        return rows.float() @ weight.t().float()  # exact for fewer than 2**24 inputs
 
 
 def rescaled(sums: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -43,7 +35,7 @@ def linear(
     """See kernels.linear."""
     size, out = x.shape[-1], scale.shape[0]
     rows = signs(x, threshold, thresholds).reshape(x.shape[:-1].numel(), size)
-    sums = product(rows.contiguous(), linear_signs(weight, out, size).contiguous())
+    sums = integer_product(rows, linear_signs(weight, out, size))
     return rescaled(sums, scale, offset).view(*x.shape[:-1], out).to(x.dtype)
 
 

@@ -18,6 +18,7 @@ from ..activations import RPReLU
 from ..convert import empty_packed_, install_method, matches, replace_modules, to_binary_
 from ..embeddings import BinaryEmbedding, Int8Embedding
 from ..functional import WEIGHT_SCALINGS
+from ..fused import optimize_
 from ..integrity import CorruptCheckpointError, file_digest, verify_files
 from ..layers import BINARIZE
 from ..levels import ElasticLevels, LearnedLevels, SignedLevels
@@ -139,7 +140,21 @@ class BinaryModelMixin:
             )
         return super().resize_token_embeddings(*args, **kwargs)
 
-    # Loading: hooks of PreTrainedModel.from_pretrained.
+    # Loading: from_pretrained and its hooks.
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, optimize: bool = False, **kwargs):
+        """As in transformers. `optimize` runs `hf_bnn.optimize_` on a packed checkpoint."""
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if optimize:
+            model = found[0] if isinstance(found, tuple) else found  # with the loading info, if that is asked for
+            if not is_packed(model):
+                raise ValueError(
+                    f"optimize=True, but {pretrained_model_name_or_path} holds {model.loaded_format} weights: load it "
+                    "without, train it if it is float, and call hf_bnn.optimize_(hf_bnn.pack_(model))"
+                )
+            optimize_(model)
+        return found
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):

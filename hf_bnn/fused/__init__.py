@@ -1,0 +1,57 @@
+"""Packed models made fast, in place: kernels' own layouts, and products fused with what is around them."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ..packed import PackedConv2d, PackedLinear, is_packed
+from .base import Fused
+from .layers import KernelConv2d, KernelLinear
+
+
+def _take_conv2d(layer: PackedConv2d) -> None:
+    if layer.binary_inputs and layer.has_kernel:
+        KernelConv2d.take_place_of(layer)
+
+
+# What becomes of a module of exactly this class, after its own parts were seen to. Models add their blocks.
+FUSERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
+    PackedLinear: KernelLinear.take_place_of,
+    PackedConv2d: _take_conv2d,
+}
+
+
+def optimize_(model: nn.Module) -> nn.Module:
+    """Make a packed model fast, in place, for inference: it computes what it did, and is saved as the packed model.
+
+    Each weight is held once, laid out for this machine's kernels; a state dict has the checkpoint's bits again. BERT's
+    and ViT's attention makes queries, keys and values in one product, and its binary products run on bits; hidden
+    values of a feed-forward block stay bits; ResNet's blocks run channels last, with normalization, shortcut and sign
+    in one pass. Results equal the packed model's, bit for bit, but for weights-only layers, whose float sums are added
+    in another order. Move the model to its device first. `unpack_` undoes it.
+
+    Raises ValueError if nothing in `model` is packed.
+
+    >>> from hf_bnn import binarize_, pack_
+    >>> model = optimize_(pack_(binarize_(nn.Sequential(nn.Linear(8, 8)))))
+    >>> model.state_dict()["0.weight"].shape
+    torch.Size([8, 1])
+    """
+    if not is_packed(model):
+        raise ValueError(
+            f"nothing to optimize: {type(model).__name__} has no packed layer. Call hf_bnn.pack_(model) first, which "
+            "replaces the weights by their bits"
+        )
+    for module in reversed(list(model.modules())):
+        fuse = FUSERS.get(type(module))
+        if fuse is not None:
+            fuse(module)
+    return model.eval()
+
+
+def restore_(model: nn.Module) -> nn.Module:
+    """Undo `optimize_`, in place."""
+    for module in list(model.modules()):
+        if isinstance(module, Fused):
+            module.restore()
+    return model

@@ -1,0 +1,46 @@
+"""What tells a fused module from the plain one whose place it takes."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+
+class Fused:
+    """Comes before the class whose forward it replaces. A module becomes one, and plain again, by a change of class:
+    its parts, their names and the state dict stay as they are.
+    """
+
+    made: ClassVar[tuple[str, ...]] = ()  # attributes that `derive` adds
+
+    @classmethod
+    def take_place_of(cls, module: nn.Module) -> None:
+        """Make `module` one of these, in place."""
+        module.__class__ = cls
+        module.derive()
+        module.register_load_state_dict_post_hook(_derive_again)
+
+    def derive(self) -> None:
+        """Make what the fused forward needs, from the module's tensors: now, and after others were loaded."""
+
+    @property
+    def plain(self) -> type[nn.Module]:
+        """The class whose place this one has taken."""
+        order = type(self).__mro__
+        return order[order.index(Fused) + 1]
+
+    def restore(self) -> None:
+        """Make the module what it was, in place."""
+        for name in self.made:
+            if name in self.__dict__ or name in self._modules or name in self._buffers:
+                delattr(self, name)
+        self.__class__ = self.plain
+
+    def learns(self, *tensors: torch.Tensor) -> bool:
+        """Whether gradients are asked for, which only the plain forward has."""
+        return self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _derive_again(module: nn.Module, incompatible_keys: object) -> None:
+    if isinstance(module, Fused):
+        module.derive()

@@ -1,0 +1,42 @@
+"""Two binary layers with an activation between them, whose hidden values stay bits."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from .layers import KernelLinear
+
+
+@torch.no_grad()
+def hidden_interval(first: nn.Module, activation: nn.Module, second: nn.Module) -> tuple[float, float] | None:
+    """(low, high) such that exactly the hidden values low <= h < high take the low level of `second`'s inputs.
+
+    Exact, and for any activation that works on each value alone: a binary layer has only `in + 1` different outputs
+    per channel, and all of them are tried. None where the layers cannot be fused, or no such interval exists.
+    """
+    if not all(isinstance(layer, KernelLinear) and layer.binary_inputs for layer in (first, second)):
+        return None
+    if first.out_features != second.in_features or second.kernel_threshold.dim():
+        return None
+    sums = torch.arange(-first.in_features, first.in_features + 1, 2, dtype=torch.float32).unsqueeze(1)
+    hidden = sums * first.kernel_scale
+    hidden = hidden if first.kernel_offset is None else hidden.add_(first.kernel_offset)
+    low = activation(hidden) < second.kernel_threshold
+    if not hidden.isfinite().all():
+        return None
+    if not low.any():
+        return math.inf, math.inf
+    inside = hidden[low]
+    least, most = inside.min(), inside.max()
+    if not low[(hidden >= least) & (hidden <= most)].all():
+        return None
+    return least.item(), torch.nextafter(most, torch.tensor(math.inf)).item()
+
+
+def feed_forward(x: Tensor, first: KernelLinear, interval: tuple[float, float], second: KernelLinear) -> Tensor:
+    """`(..., in)` to `(..., out)` through both layers: equal to running one after the other."""
+    weight, scale, offset, threshold = first.laid_out()
+    out_weight, out_scale, out_offset, _ = second.laid_out()
+    return kernels.ffn(x, weight, scale, offset, interval, out_weight, out_scale, out_offset, threshold)

@@ -1,0 +1,161 @@
+"""Packed layers that hold their weights in the form that a kernel takes, and in no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..kernels.weights import PANEL, Conv2dWeight, LinearWeight, conv2d_signs, linear_signs
+from ..packed import PackedConv2d, PackedLinear
+from .base import Fused
+
+
+class _KernelLayer(Fused):
+    """What both layers share. `weight`, the bits of the checkpoint, is made again for whoever asks for it."""
+
+    made = ("kernel_weight", "kernel_scale", "kernel_threshold")
+
+    def derive(self) -> None:
+        operands = self.lay_out()
+        self._laid_out = None
+        self.keep(*operands)
+
+    def keep(self, *operands: Any) -> None:
+        """Hold what `lay_out` has made."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its kernel takes")
+
+    def hold_tensors(self, **tensors: Tensor | None) -> None:
+        """Buffers that no state dict has, in the place of the bits: they move with the module like any other."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, None if tensor is None else tensor.detach(), persistent=False)
+        self._buffers.pop("weight", None)
+
+    def kernel_signs(self) -> Tensor:
+        """`signs()` from what the kernel takes."""
+        raise NotImplementedError(f"{type(self).__name__} must say how its weight is laid out")
+
+    def signs(self) -> Tensor:
+        return super().signs() if "weight" in self._buffers else self.kernel_signs()
+
+    @property
+    def weight(self) -> Tensor:
+        """The bits, uint8, as a checkpoint has them: a new tensor."""
+        bits = self._buffers.get("weight")
+        return self.pack(self.kernel_signs()) if bits is None else bits
+
+    def restore(self) -> None:
+        bits = self.weight
+        super().restore()
+        self.register_buffer("weight", bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point() or not x.numel() or self.learns(x):
+            return super().forward(x)
+        return self.run_compiled(x)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._buffers["weight"] = self.weight  # for as long as it takes to load into it
+        super()._load_from_state_dict(*args)
+
+
+class KernelLinear(_KernelLayer, PackedLinear):
+    """A PackedLinear with its weight laid out for a kernel, weights-only ones too. Inference only.
+
+    Without binary inputs the order of summation is the kernel's own: close to the packed layer's, not equal.
+    """
+
+    made = (*_KernelLayer.made, "kernel_offset")
+
+    def keep(self, weight: LinearWeight, scale: Tensor, offset: Tensor | None, threshold: float | Tensor) -> None:
+        threshold = torch.as_tensor(threshold, dtype=torch.float32, device=scale.device)
+        self.hold_tensors(
+            kernel_weight=weight.data, kernel_scale=scale, kernel_offset=offset, kernel_threshold=threshold
+        )
+
+    def laid_out(self) -> tuple:
+        weight = LinearWeight(self.kernel_weight, self.in_features, self.out_features)
+        return weight, self.kernel_scale, self.kernel_offset, self.kernel_threshold
+
+    def kernel_signs(self) -> Tensor:
+        return linear_signs(self.kernel_weight, self.out_features, self.in_features)
+
+    def run_compiled(self, x: Tensor) -> Tensor:
+        weight, scale, offset, threshold = self.laid_out()
+        if self.binary_inputs:
+            return kernels.linear(x, weight, scale, offset, threshold)
+        return kernels.linear_weight_only(x, weight, scale, offset)
+
+
+class KernelConv2d(_KernelLayer, PackedConv2d):
+    """A PackedConv2d with its weight laid out for a kernel. Inference only."""
+
+    made = (*_KernelLayer.made, "kernel_corners", "kernel_shift")
+
+    def keep(self, weight: Conv2dWeight, scale: Tensor, bias: Tensor | None, shift: Tensor | None, *rest: Any) -> None:
+        threshold = torch.as_tensor(rest[-1], dtype=torch.float32, device=scale.device)
+        self.hold_tensors(
+            kernel_weight=weight.data,
+            kernel_corners=weight.corners,
+            kernel_scale=scale,
+            kernel_shift=shift,
+            kernel_threshold=threshold,
+        )
+
+    def laid_out(self) -> tuple:
+        weight = Conv2dWeight(self.kernel_weight, self.kernel_corners, self.in_channels, self.groups)
+        geometry = (self.stride, self.padding, self.dilation)
+        return weight, self.kernel_scale, self.bias, self.kernel_shift, *geometry, self.kernel_threshold
+
+    def kernel_signs(self) -> Tensor:
+        return conv2d_signs(self.kernel_weight, self.kernel_corners, self.in_channels, self.groups)
+
+
+class JointLinear(nn.Module):
+    """Several layers that see the same inputs, as one product: `(..., in)` to a tuple of `(..., out)`.
+
+    Their weights are views of the joint one, so that nothing is held twice.
+    """
+
+    def __init__(self, layers: Sequence[KernelLinear]):
+        super().__init__()
+        self.in_features, self.sizes = layers[0].in_features, [layer.out_features for layer in layers]
+        offsets = [layer.kernel_offset for layer in layers]
+        tensors = {
+            "weight": torch.cat([layer.kernel_weight for layer in layers]),
+            "scale": torch.cat([layer.kernel_scale for layer in layers]),
+            "offset": None if offsets[0] is None else torch.cat(offsets),
+            "threshold": torch.stack([layer.kernel_threshold for layer in layers]),
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        parts = self.weight.split([layer.kernel_weight.shape[0] for layer in layers])
+        for layer, part in zip(layers, parts, strict=True):
+            layer.kernel_weight = part
+
+    @staticmethod
+    def takes(layers: Sequence[nn.Module]) -> bool:
+        """Whether these layers can run as one."""
+        if not all(isinstance(layer, KernelLinear) and layer.binary_inputs for layer in layers):
+            return False
+        alike = {(layer.in_features, layer.out_features, layer.kernel_offset is None) for layer in layers}
+        return len(alike) == 1 and layers[0].out_features % PANEL == 0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        rows = [size // 16 for size in self.sizes]
+        w, sc = (
+            self.weight.split(rows) if self.weight.dtype == torch.int32 else self.weight.split(self.sizes),
+            self.scale.split(self.sizes),
+        )
+        of = [None] * 3 if self.offset is None else self.offset.split(self.sizes)
+        return tuple(
+            kernels.linear(x, LinearWeight(w[i], self.in_features, self.sizes[i]), sc[i], of[i], self.threshold[i])
+            for i in range(3)
+        )

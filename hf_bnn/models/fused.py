@@ -1,0 +1,142 @@
+"""BERT's and ViT's blocks on fused products, for `hf_bnn.optimize_`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert import modeling_bert
+from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
+from transformers.models.vit import modeling_vit
+from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
+
+from ..fused import FUSERS
+from ..fused.base import Fused
+from ..fused.feed_forward import feed_forward, hidden_interval
+from ..fused.layers import JointLinear, KernelLinear
+
+
+class _FusedAttention(Fused):
+    """Queries, keys and values as one product."""
+
+    made = ("joint",)
+    joint: JointLinear
+
+    def derive(self) -> None:
+        self.joint = JointLinear(self.projections())
+
+    def projections(self) -> tuple[nn.Module, ...]:
+        """The layers that make queries, keys and values."""
+        raise NotImplementedError(f"{type(self).__name__} must say which layers it joins")
+
+    def attend(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, head_dim: int, eager: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(batch, tokens, in)` to `(batch, tokens, heads * head_dim)`, and the probabilities if they are made."""
+        shape = hidden_states.shape[:-1]
+        heads = [part.view(*shape, -1, head_dim).transpose(1, 2) for part in self.joint(hidden_states)]
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        context, probabilities = interface(self, *heads, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return context.reshape(*shape, -1).contiguous(), probabilities
+
+    def runs_plain(self, hidden_states: Tensor) -> bool:
+        """Whether the layers must run one by one: for gradients, or since one of them was replaced (by an adapter)."""
+        return self.learns(hidden_states) or any(type(layer) is not KernelLinear for layer in self.projections())
+
+
+class FusedBertSelfAttention(_FusedAttention, BertSelfAttention):
+    """BertSelfAttention with one product for queries, keys and values."""
+
+    def projections(self) -> tuple[nn.Module, ...]:
+        return self.query, self.key, self.value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if past_key_values is not None or self.runs_plain(hidden_states):
+            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+        size = self.attention_head_size
+        return self.attend(hidden_states, attention_mask, size, modeling_bert.eager_attention_forward, kwargs)
+
+
+class _FusedFeedForward(Fused):
+    """Two layers whose hidden values stay bits."""
+
+    made = ("interval",)
+    interval: tuple[float, float] | None
+
+    def block(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The first layer, the activation and the second layer."""
+        raise NotImplementedError(f"{type(self).__name__} must say which layers it joins")
+
+    def derive(self) -> None:
+        self.interval = hidden_interval(*self.block())
+
+    def runs_plain(self, x: Tensor) -> bool:
+        """Whether the layers must run one by one: for gradients, or since one of them was replaced (by an adapter)."""
+        first, _, second = self.block()
+        kernels = type(first) is KernelLinear and type(second) is KernelLinear
+        return self.interval is None or not kernels or self.learns(x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)` through the block."""
+        first, _, second = self.block()
+        return feed_forward(x, first, self.interval, second)
+
+
+class FusedBertLayer(_FusedFeedForward, BertLayer):
+    """BertLayer whose feed-forward block keeps its hidden values as bits."""
+
+    def block(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output.dense
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        if self.runs_plain(attention_output):
+            return super().feed_forward_chunk(attention_output)
+        return self.output.LayerNorm(self.feed_forward(attention_output) + attention_output)
+
+
+class FusedViTAttention(_FusedAttention, ViTAttention):
+    """ViTAttention with one product for queries, keys and values."""
+
+    def projections(self) -> tuple[nn.Module, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.runs_plain(hidden_states):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        eager = modeling_vit.eager_attention_forward
+        context, probabilities = self.attend(hidden_states, attention_mask, self.head_dim, eager, kwargs)
+        return self.o_proj(context), probabilities
+
+
+class FusedViTMLP(_FusedFeedForward, ViTMLP):
+    """ViTMLP that keeps its hidden values as bits."""
+
+    def block(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.fc1, self.activation_fn, self.fc2
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) if self.runs_plain(hidden_states) else self.feed_forward(hidden_states)
+
+
+def _fuse_attention(fused: type[_FusedAttention]) -> Callable[[nn.Module], None]:
+    def fuse(attention: nn.Module) -> None:
+        if JointLinear.takes(fused.projections(attention)):
+            fused.take_place_of(attention)
+
+    return fuse
+
+
+FUSERS |= {
+    BertSelfAttention: _fuse_attention(FusedBertSelfAttention),
+    BertLayer: FusedBertLayer.take_place_of,
+    ViTAttention: _fuse_attention(FusedViTAttention),
+    ViTMLP: FusedViTMLP.take_place_of,
+}
