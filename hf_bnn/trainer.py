@@ -31,6 +31,8 @@ from .convert import (
 from .distillation import TeacherCache, TeacherOutput, hidden_loss, logits_loss
 from .layers import binary_layers
 from .methods import Method, Step, make_method
+from .model_card import completed, facts_of
+from .models.base import BinaryModelMixin
 from .packed import is_packed
 from .training import (
     begin_step,
@@ -318,6 +320,15 @@ class BinaryTrainer(CheckedTrainer):
         with tempfile.TemporaryDirectory() as folder:
             packed_copy(self.bare_model).save_pretrained(folder)
             super()._push_from_checkpoint(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; what its draft leaves open is said of a binary model."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and isinstance(self.bare_model, BinaryModelMixin):
+            card = Path(self.args.output_dir) / "README.md"
+            facts = facts_of(self.bare_model, self.args.save_packed and _can_pack(self.model))
+            name = self.hub_model_id or self.args.output_dir
+            card.write_text(completed(card.read_text(encoding="utf-8"), facts, name), encoding="utf-8")
 
     # Loading
 

@@ -23,7 +23,7 @@ FLOORS = [
     {"packed", "attention"},
     {"fused"},
     {"convert", "summary"},
-    {"training", "diagnostics", "distillation", "glue"},
+    {"training", "diagnostics", "distillation", "glue", "model_card"},
     {"models", "selection", "checked_trainer"},
     {"quantizer", "trainer"},
     {"__init__"},

@@ -1,0 +1,81 @@
+"""What a model card says of a binary model: what is binary in it, how small it is, how to run it, what it cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .summary import summary
+
+TO_DO = "More information needed"  # what transformers writes where it knows nothing
+
+
+class Facts(NamedTuple):
+    """What a card is made of. `structure` holds the fields of the model's config, or of its quantization_config."""
+
+    architecture: str  # the model's class
+    structure: Mapping[str, Any]
+    method: str  # that trained the weights
+    binary_share: float  # of all weights, 0 to 1
+    matrix_compression: float  # float32 bytes of the binary matrices over their packed bytes
+    packed: bool = True  # whether the file holds bits, or latent float weights
+    plugged_in: bool = False  # a stock class, made binary by a quantization_config
+
+
+def facts_of(model: nn.Module, packed: bool) -> Facts:
+    """The facts of a latent or a packed transformers model that is saved `packed`."""
+    record, counted = model.record.to_dict(), summary(model)
+    plugged_in = record.get("quant_method") is not None
+    trained = record.get("method") or getattr(model.config, "method", None) or {}
+    settings = ", ".join(f"{key}={value}" for key, value in trained.items() if key not in ("name", "class"))
+    method = f"{trained.get('name', 'unknown')}" + (f" ({settings})" if settings else "")
+    name = type(model).__name__
+    return Facts(name, record, method, counted.binary_share, counted.matrix_compression, packed, plugged_in)
+
+
+def description(facts: Facts) -> str:
+    """The section on what the model is, Markdown without a heading."""
+    sides = {"both": "weights and inputs", "weights": "weights (inputs are float)", "activations": "inputs only"}
+    field = facts.structure.get
+    rows = [
+        ("binary", f"{sides[field('binarize', 'both')]} of its linear and convolution layers but those below"),
+        ("levels of the inputs", field("levels")),
+        ("levels of the inputs behind GELU", field("ffn_levels")),
+        ("products of attention", field("attention")),
+        ("word embeddings", field("embeddings")),
+        ("scales of the weights' signs", f"one per {field('weight_scaling')}" if field("weight_scaling") else None),
+        ("float", ", ".join(f"`{name}`" for name in field("skip") or field("exclude") or ())),
+        ("training method", facts.method),
+        ("weights of which only the sign is used", f"{facts.binary_share:.1%} of all"),
+        ("their size, scales included", f"{facts.matrix_compression:.1f} times smaller than float32"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows if value)
+    held = "bits" if facts.packed else "the latent float weights, to train on: it is no smaller than a float model's"
+    return f"A `{facts.architecture}` with binary layers. The file holds {held}.\n\n| | |\n|---|---|\n{table}"
+
+
+def usage(facts: Facts, name: str) -> str:
+    """The section on how to load it, and on what not to expect. `name` is the repository or the folder."""
+    optimized = facts.packed and not facts.plugged_in
+    call = f'{facts.architecture}.from_pretrained("{name}"{", optimize=True" if optimized else ""})'
+    origin = "transformers" if facts.plugged_in else "hf_bnn"
+    lines = [f"from {origin} import {facts.architecture}", "", f"model = {call}"]
+    lines = ["import hf_bnn  # before the model is loaded", *lines] if facts.plugged_in else lines
+    code = "\n".join(lines)
+    limits = [
+        "It needs the package hf_bnn: transformers alone does not know its layers.",
+        "All figures here are of the fully binary model.",
+    ]
+    return f"```python\n{code}\n```\n\n" + "\n".join(f"- {text}" for text in limits)
+
+
+def completed(card: str, facts: Facts, name: str) -> str:
+    """transformers' draft of a card with the two sections in the place of what it leaves open."""
+    for heading, text in (
+        ("## Model description", description(facts)),
+        ("## Intended uses & limitations", usage(facts, name)),
+    ):
+        card = card.replace(f"{heading}\n\n{TO_DO}", f"{heading}\n\n{text}")
+    return card
