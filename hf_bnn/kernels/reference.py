@@ -42,8 +42,13 @@ def linear(
 ) -> Tensor:
     """See kernels.linear."""
     size, out = x.shape[-1], scale.shape[0]
-    rows = signs(x, threshold, thresholds).reshape(x.shape[:-1].numel(), size)
-    sums = product(rows.contiguous(), linear_signs(weight, out, size).contiguous())
+    rows, matrix = x.reshape(x.shape[:-1].numel(), size), linear_signs(weight, out, size)
+    if thresholds is not None and thresholds.dim() == 2:
+        matrices = matrix.reshape(thresholds.shape[0], out // thresholds.shape[0], size)
+        parts = zip(thresholds, matrices, strict=True)
+        sums = torch.cat([product(signs(rows, 0.0, part).contiguous(), matrix) for part, matrix in parts], 1)
+    else:
+        sums = product(signs(rows, threshold, thresholds).contiguous(), matrix.contiguous())
     return rescaled(sums, scale, offset).view(*x.shape[:-1], out).to(x.dtype)
 
 
