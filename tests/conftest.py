@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging
 
 from hf_bnn import kernels
+from hf_bnn.kernels import library
 
 if kernels.available() == ("torch",):  # no C compiler was there: packed layers would warn, and warnings are errors
     os.environ.setdefault("HF_BNN_KERNEL", "torch")
@@ -24,3 +25,19 @@ logging.disable_progress_bar()
 def seed() -> None:
     """Every test draws the same random numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest):
+    """The backend that the test's parameter names."""
+    with kernels.using(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def wants_threads(monkeypatch: pytest.MonkeyPatch):
+    """Every product is worth threads, and torch's number of them is restored."""
+    monkeypatch.setattr(library, "WORTH_THREADS", 0)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

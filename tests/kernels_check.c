@@ -111,19 +111,22 @@ static void check_matrices(int set, parallel_for pool, int64_t rows, int64_t siz
     float *ones = equal_numbers(hidden + out, 1), *zeros = equal_numbers(hidden + out, -0.0f);
     uint32_t *first = panels_of(w, hidden, size), *second = panels_of(v, out, hidden);
     float *h = array(rows * hidden, sizeof *h), *y = array(rows * out, sizeof *y), zero = 0;
-    failures += hf_bnn_linear(set, pool, 3, x, size, rows, size, &zero, 0, first, hidden, ones, zeros, h);
+    const struct ffn_plan plan = {.first = {set, pool, size, hidden, first, ones, zeros, &zero, 1, 0},
+                                  .second = {set, pool, hidden, out, second, ones, zeros, NULL, 0, 0},
+                                  .low = -3,
+                                  .high = 2};
+    failures += hf_bnn_linear(&plan.first, x, size, rows, 3, h);
     for (int64_t i = 0; i < rows * hidden; i++) {
         expect(set, "linear", i, h[i], dot_of_signs(x + i / hidden * size, w + i % hidden * size, size), 0);
     }
     for (int64_t i = 0; i < rows * hidden; i++) { /* the hidden signs, for what follows */
         h[i] = h[i] >= -3 && h[i] < 2 ? -1 : 1;
     }
-    failures += hf_bnn_ffn(set, pool, 3, x, size, rows, size, &zero, 0, first, hidden, ones, zeros, -3, 2, second, out,
-                           ones, zeros, y);
+    failures += hf_bnn_ffn(&plan, x, size, rows, 3, y);
     for (int64_t i = 0; i < rows * out; i++) {
         expect(set, "ffn", i, y[i], dot_of_signs(h + i / out * hidden, v + i % out * hidden, hidden), 0);
     }
-    failures += hf_bnn_linear_weight_only(set, pool, 3, x, size, rows, size, first, hidden, ones, zeros, h);
+    failures += hf_bnn_linear_weight_only(&plan.first, x, size, rows, 3, h);
     for (int64_t i = 0; i < rows * hidden; i++) {
         double sum = 0;
         for (int64_t k = 0; k < size; k++) {
@@ -132,6 +135,27 @@ static void check_matrices(int set, parallel_for pool, int64_t rows, int64_t siz
         expect(set, "weight only", i, h[i], sum, 1e-3);
     }
     free(x), free(w), free(v), free(ones), free(zeros), free(first), free(second), free(h), free(y);
+}
+
+/* Three layers in one, each with its thresholds: one for all inputs, or one for each. */
+static void check_parts(int set, parallel_for pool, int64_t rows, int64_t size, int64_t panels, int per_input)
+{
+    const int64_t parts = 3, part = panels * PANEL, outputs = parts * part, step = per_input ? size : 1;
+    float *x = numbers(rows * size), *w = numbers(outputs * size), *thresholds = numbers(parts * step);
+    float *ones = equal_numbers(outputs, 1), *zeros = equal_numbers(outputs, -0.0f);
+    float *y = array(rows * outputs, sizeof *y);
+    uint32_t *weights = panels_of(w, outputs, size);
+    const struct linear_plan plan = {set, pool, size, outputs, weights, ones, zeros, thresholds, parts, per_input};
+    failures += hf_bnn_linear(&plan, x, size, rows, 4, y);
+    for (int64_t i = 0; i < rows * outputs; i++) {
+        const float *row = x + i / outputs * size, *weight = w + i % outputs * size;
+        double sum = 0;
+        for (int64_t k = 0; k < size; k++) {
+            sum += (row[k] < thresholds[i % outputs / part * step + k * per_input] ? -1 : 1) * sign(weight[k]);
+        }
+        expect(set, "parts", i, y[i], sum, 0);
+    }
+    free(x), free(w), free(thresholds), free(ones), free(zeros), free(y), free(weights);
 }
 
 static double conv_at(const struct conv2d_shape *s, const float *x, const float *w, int64_t image, int64_t n, int64_t y,
@@ -219,6 +243,7 @@ int main(void)
             parallel_for pool = round % 2 ? in_parts : NULL;
             check_matrices(set, pool, sizes[below(count)], sizes[below(count)], sizes[below(count)],
                            sizes[below(count)]);
+            check_parts(set, pool, sizes[below(count)], sizes[below(count)], below(4), round / 2 % 2);
             check_convolution(set, pool, round / 2 % 2);
         }
     }

@@ -23,12 +23,6 @@ SIZES = (0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 300
 SPECIAL = (0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45)
 
 
-@pytest.fixture
-def backend(request: pytest.FixtureRequest):
-    with kernels.using(request.param):
-        yield request.param
-
-
 every_backend = pytest.mark.parametrize("backend", kernels.available(), indirect=True)
 every_compiled_backend = pytest.mark.parametrize("backend", kernels.available()[:-1], indirect=True)
 
@@ -406,15 +400,6 @@ def _conv2d_call() -> Callable[[], Tensor]:
 def _ffn_call() -> Callable[[], Tensor]:
     x, first, second = torch.randn(300, 200), linear_weight(torch.randn(900, 200)), linear_weight(torch.randn(200, 900))
     return lambda: kernels.ffn(x, first, torch.ones(900), None, (-1e9, 0.0), second, torch.ones(200), None)
-
-
-@pytest.fixture
-def wants_threads(monkeypatch: pytest.MonkeyPatch):
-    """Every product is worth threads, and torch's number of them is restored."""
-    monkeypatch.setattr(library, "WORTH_THREADS", 0)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @every_call

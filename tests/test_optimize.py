@@ -30,6 +30,7 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+from transformers.models.bert.modeling_bert import BertLayer
 
 import hf_bnn
 from hf_bnn import (
@@ -364,6 +365,7 @@ def test_an_adapter_learns_on_top_of_it():
     assert all(grad is not None and grad.abs().sum() > 0 for grad in grads.values())
     plain = get_peft_model(packed(tiny_model()), LoraConfig(target_modules=["query", "value", "dense"], r=2))
     plain.load_state_dict(adapted.state_dict())
+    adapted.to(torch.float64).to(torch.float32)  # other tensors, which plans must follow
     adapted.eval(), plain.eval()
     with torch.no_grad():
         assert torch.equal(text(adapted), text(plain))
@@ -540,7 +542,7 @@ def test_a_block_without_an_interval_runs_its_layers_one_by_one():
     for layer in model.bert.encoder.layer:
         layer.intermediate.intermediate_act_fn = Wave()
     expected = text(model)
-    assert optimize_(model).bert.encoder.layer[0].interval is None
+    assert type(optimize_(model).bert.encoder.layer[0]) is BertLayer
     assert torch.equal(text(model), expected)
 
 

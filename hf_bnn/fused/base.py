@@ -1,9 +1,25 @@
 """What tells a fused module from the plain one whose place it takes."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+class Planned:
+    """A module with `call`, a plan of its product that points into its tensors. Comes before the module's class."""
+
+    call: Callable[[Tensor], Tensor]
+
+    def plan(self) -> Callable[[Tensor], Tensor]:
+        """The call for the tensors as they are now."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it calls")
+
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        super()._apply(*args, **kwargs)  # .to(...): other tensors
+        self.call = self.plan()
+        return self
 
 
 class Fused:
@@ -36,7 +52,7 @@ class Fused:
                 delattr(self, name)
         self.__class__ = self.plain
 
-    def learns(self, *tensors: torch.Tensor) -> bool:
+    def learns(self, *tensors: Tensor) -> bool:
         """Whether gradients are asked for, which only the plain forward has."""
         return self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import kernels
 from .layers import KernelLinear
@@ -35,8 +35,8 @@ def hidden_interval(first: nn.Module, activation: nn.Module, second: nn.Module) 
     return least.item(), torch.nextafter(most, torch.tensor(math.inf)).item()
 
 
-def feed_forward(x: Tensor, first: KernelLinear, interval: tuple[float, float], second: KernelLinear) -> Tensor:
+def feed_forward(first: KernelLinear, interval: tuple[float, float], second: KernelLinear) -> kernels.FfnCall:
     """`(..., in)` to `(..., out)` through both layers: equal to running one after the other."""
     weight, scale, offset, threshold = first.laid_out()
     out_weight, out_scale, out_offset, _ = second.laid_out()
-    return kernels.ffn(x, weight, scale, offset, interval, out_weight, out_scale, out_offset, threshold)
+    return kernels.FfnCall(weight, scale, offset, interval, out_weight, out_scale, out_offset, threshold)

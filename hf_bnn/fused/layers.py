@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..kernels.weights import PANEL, Conv2dWeight, LinearWeight, conv2d_signs, linear_signs
 from ..packed import PackedConv2d, PackedLinear
-from .base import Fused
+from .base import Fused, Planned
 
 
 class _KernelLayer(Fused):
@@ -66,18 +66,25 @@ class _KernelLayer(Fused):
         super()._load_from_state_dict(*args)
 
 
-class KernelLinear(_KernelLayer, PackedLinear):
+class KernelLinear(Planned, _KernelLayer, PackedLinear):
     """A PackedLinear with its weight laid out for a kernel, weights-only ones too. Inference only.
 
     Without binary inputs the order of summation is the kernel's own: close to the packed layer's, not equal.
     """
 
-    made = (*_KernelLayer.made, "kernel_offset")
+    made = (*_KernelLayer.made, "kernel_offset", "call")
 
     def keep(self, weight: LinearWeight, scale: Tensor, offset: Tensor | None, threshold: float | Tensor) -> None:
         threshold = torch.as_tensor(threshold, dtype=torch.float32, device=scale.device)
         self.hold_tensors(
             kernel_weight=weight.data, kernel_scale=scale, kernel_offset=offset, kernel_threshold=threshold
+        )
+        self.call = self.plan()
+
+    def plan(self) -> kernels.LinearCall | kernels.LinearWeightOnlyCall:
+        *operands, threshold = self.laid_out()
+        return (
+            kernels.LinearCall(*operands, threshold) if self.binary_inputs else kernels.LinearWeightOnlyCall(*operands)
         )
 
     def laid_out(self) -> tuple:
@@ -88,10 +95,7 @@ class KernelLinear(_KernelLayer, PackedLinear):
         return linear_signs(self.kernel_weight, self.out_features, self.in_features)
 
     def run_compiled(self, x: Tensor) -> Tensor:
-        weight, scale, offset, threshold = self.laid_out()
-        if self.binary_inputs:
-            return kernels.linear(x, weight, scale, offset, threshold)
-        return kernels.linear_weight_only(x, weight, scale, offset)
+        return self.call(x)
 
 
 class KernelConv2d(_KernelLayer, PackedConv2d):
@@ -118,7 +122,7 @@ class KernelConv2d(_KernelLayer, PackedConv2d):
         return conv2d_signs(self.kernel_weight, self.kernel_corners, self.in_channels, self.groups)
 
 
-class JointLinear(nn.Module):
+class JointLinear(Planned, nn.Module):
     """Several layers that see the same inputs, as one product: `(..., in)` to a tuple of `(..., out)`.
 
     Their weights are views of the joint one, so that nothing is held twice.
@@ -126,19 +130,20 @@ class JointLinear(nn.Module):
 
     def __init__(self, layers: Sequence[KernelLinear]):
         super().__init__()
-        self.in_features, self.sizes = layers[0].in_features, [layer.out_features for layer in layers]
+        self.in_features, self.parts, self.out_features = layers[0].in_features, len(layers), layers[0].out_features
         offsets = [layer.kernel_offset for layer in layers]
         tensors = {
             "weight": torch.cat([layer.kernel_weight for layer in layers]),
             "scale": torch.cat([layer.kernel_scale for layer in layers]),
             "offset": None if offsets[0] is None else torch.cat(offsets),
-            "threshold": torch.stack([layer.kernel_threshold for layer in layers]),
+            "threshold": torch.stack([layer.kernel_threshold.view(1) for layer in layers]),
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
-        parts = self.weight.split([layer.kernel_weight.shape[0] for layer in layers])
-        for layer, part in zip(layers, parts, strict=True):
+        for layer, part in zip(layers, self.weight.chunk(self.parts), strict=True):
             layer.kernel_weight = part
+            layer.call = layer.plan()
+        self.call = self.plan()
 
     @staticmethod
     def takes(layers: Sequence[nn.Module]) -> bool:
@@ -148,14 +153,9 @@ class JointLinear(nn.Module):
         alike = {(layer.in_features, layer.out_features, layer.kernel_offset is None) for layer in layers}
         return len(alike) == 1 and layers[0].out_features % PANEL == 0
 
+    def plan(self) -> kernels.LinearCall:
+        weight = LinearWeight(self.weight, self.in_features, self.parts * self.out_features)
+        return kernels.LinearCall(weight, self.scale, self.offset, self.threshold)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        rows = [size // 16 for size in self.sizes]
-        w, sc = (
-            self.weight.split(rows) if self.weight.dtype == torch.int32 else self.weight.split(self.sizes),
-            self.scale.split(self.sizes),
-        )
-        of = [None] * 3 if self.offset is None else self.offset.split(self.sizes)
-        return tuple(
-            kernels.linear(x, LinearWeight(w[i], self.in_features, self.sizes[i]), sc[i], of[i], self.threshold[i])
-            for i in range(3)
-        )
+        return self.call(x).split(self.out_features, -1)

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,12 +16,28 @@ import torch
 
 VARIABLE = "HF_BNN_KERNEL"
 KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
-INTERFACE = 1  # of csrc/dispatch.c
+INTERFACE = 2  # of csrc/dispatch.c
 
 # Multiply-accumulates per microsecond and thread, roughly: what decides whether threads are worth waking.
 SPEED = {"avx512": 1_600_000, "avx512bw": 900_000, "avx2": 400_000, "neon": 200_000, "scalar": 130_000}
 SLOWEST = 100_000
 WORTH_THREADS = 50  # microseconds of work: waking a second thread takes about ten
+
+
+class LinearPlan(ctypes.Structure):
+    """`struct linear_plan` of csrc/hf_bnn.h."""
+
+    _fields_ = (
+        *(("set", c_int64), ("pool", c_void_p), ("inputs", c_int64), ("outputs", c_int64)),
+        *((name, c_void_p) for name in ("weights", "scale", "offset", "thresholds")),
+        *(("parts", c_int64), ("per_input", c_int64)),
+    )
+
+
+class FfnPlan(ctypes.Structure):
+    """`struct ffn_plan` of csrc/hf_bnn.h."""
+
+    _fields_ = (("first", LinearPlan), ("second", LinearPlan), ("low", c_float), ("high", c_float))
 
 
 class Conv2dShape(ctypes.Structure):
@@ -35,17 +52,16 @@ class Conv2dShape(ctypes.Structure):
 
 
 _CALL = (c_int64, c_void_p, c_int64)  # instruction set, thread pool or None, threads
-_ROWS = (c_void_p, c_int64, c_int64, c_int64)  # inputs, floats from row to row, rows, inputs in a row
 _THRESHOLD = (c_void_p, c_int)  # values, whether there is one per input
-_MATRIX = (c_void_p, c_int64, c_void_p, c_void_p)  # panels, outputs, scale, offset
+_ROWS = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)  # plan, inputs, row step, rows, threads, outputs
 _SIGNATURES = {
     "hf_bnn_interface": (c_int64, ()),
     "hf_bnn_name": (c_char_p, (c_int64,)),
     "hf_bnn_available": (c_int, (c_int64,)),
     "hf_bnn_count_bits": (c_int64, (c_int64,)),
-    "hf_bnn_linear": (c_int, (*_CALL, *_ROWS, *_THRESHOLD, *_MATRIX, c_void_p)),
-    "hf_bnn_linear_weight_only": (c_int, (*_CALL, *_ROWS, *_MATRIX, c_void_p)),
-    "hf_bnn_ffn": (c_int, (*_CALL, *_ROWS, *_THRESHOLD, *_MATRIX, c_float, c_float, *_MATRIX, c_void_p)),
+    "hf_bnn_linear": (c_int, _ROWS),
+    "hf_bnn_linear_weight_only": (c_int, _ROWS),
+    "hf_bnn_ffn": (c_int, _ROWS),
     "hf_bnn_conv2d": (c_int, (*_CALL, ctypes.POINTER(Conv2dShape), c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
 }
 
@@ -161,13 +177,26 @@ def thread_pool() -> int | None:
 
 def threads_for(work: int) -> tuple[int | None, int]:
     """The thread pool and how many of its threads `work` multiply-accumulates are worth: (None, 1) if only one."""
-    if work < WORTH_THREADS * SPEED.get(backend(), SLOWEST):
+    if work < least_work_for_threads():
         return None, 1
     pool, threads = thread_pool(), torch.get_num_threads()
     return (pool, threads) if pool and threads > 1 else (None, 1)
 
 
+def least_work_for_threads() -> int:
+    return WORTH_THREADS * SPEED.get(backend(), SLOWEST)
+
+
+def rows_worth_threads(work: int) -> float:
+    """From how many rows on threads are worth waking, if a row takes `work` multiply-accumulates."""
+    return least_work_for_threads() / max(work, 1) if thread_pool() else math.inf
+
+
 def call(name: str, *arguments: object) -> None:
     """Run a function of the library; tensors are given by their addresses."""
     if getattr(library().functions, name)(*arguments):
-        raise MemoryError(f"{name} could not allocate its buffers: use a smaller batch")
+        raise too_large(name)
+
+
+def too_large(name: str) -> MemoryError:
+    return MemoryError(f"{name} could not allocate its buffers: use a smaller batch")

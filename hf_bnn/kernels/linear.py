@@ -1,18 +1,23 @@
 """Products of vectors with 1-bit weights: `hf_bnn::linear`, `hf_bnn::linear_weight_only`."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import reference
-from .library import backend, call, threads_for
+from .calls import Call
+from .library import backend
 from .operands import (
     Threshold,
-    as_rows,
     check_features,
     check_linear,
     define_op,
-    floats,
+    like_inputs,
+    linear_plan,
+    run,
     runs_compiled,
+    same_for_all_parts,
     split_threshold,
 )
 from .weights import LinearWeight
@@ -20,6 +25,7 @@ from .weights import LinearWeight
 # Without a look-up of 16 floats, an unpacked weight and torch's product of floats are faster from here on.
 MANY_ROWS = 8
 LOOKS_UP = ("avx512", "avx512bw")
+FLOAT_WORK = 16  # a multiply-accumulate of a float takes the time of so many of bits
 
 
 def linear(
@@ -27,7 +33,9 @@ def linear(
 ) -> Tensor:
     """`(..., in)` to `(..., out)`: binary inputs times binary weights.
 
-    `scale` and `offset` hold a number per output, `threshold` one number or one per input.
+    `scale` and `offset` hold a number per output, `threshold` one number or one per input. A threshold `(parts, 1)` or
+    `(parts, in)` is for several layers in one, of equally many outputs, a multiple of 16: the n-th part of the outputs
+    sees the inputs through the n-th row.
     """
     check_features(x, weight)
     level, levels = split_threshold(threshold)
@@ -46,21 +54,9 @@ def _linear(
     chosen = runs_compiled(x, weight, thresholds)
     if chosen is None:
         return reference.linear(x, weight, scale, offset, threshold, thresholds)
-    rows, out = as_rows(x), scale.shape[0]
-    count, size = rows.shape
-    level, scales, offsets = Threshold(x, threshold, thresholds), floats(scale, out), floats(offset, out)
-    weight = weight.contiguous()
-    y = torch.empty((*x.shape[:-1], out))
-    call(
-        "hf_bnn_linear",
-        chosen,
-        *threads_for(count * size * out),
-        *(rows.data_ptr(), rows.stride(0), count, size),
-        *(level.address, level.per_input),
-        *(weight.data_ptr(), out, scales.data_ptr(), offsets.data_ptr()),
-        y.data_ptr(),
-    )
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
+    size, out = x.shape[-1], scale.shape[0]
+    plan = linear_plan(chosen, size, weight, scale, offset, Threshold(x, threshold, thresholds))
+    return run("hf_bnn_linear", plan, x, out, size * out)
 
 
 def _fake_linear(x: Tensor, weight: Tensor, scale: Tensor, *settings: object, **named: object) -> Tensor:
@@ -74,6 +70,29 @@ define_op(
     reference.linear,
     _fake_linear,
 )
+
+
+class LinearCall(Call):
+    """`linear` of fixed weights in a quarter of the time that its op takes to be called.
+
+    >>> weight = LinearWeight.from_bits(torch.tensor([[1], [2]], dtype=torch.uint8), 3)
+    >>> LinearCall(weight, torch.ones(2))(torch.tensor([[-0.5, 0.2, 0.1]]))
+    tensor([[ 3., -1.]])
+    """
+
+    function, op = "hf_bnn_linear", staticmethod(linear)
+
+    def __init__(
+        self, weight: LinearWeight, scale: Tensor, offset: Tensor | None = None, threshold: float | Tensor = 0.0
+    ):
+        super().__init__(weight, scale, offset, threshold)
+        x, (level, levels) = like_inputs(weight), split_threshold(threshold)
+        check_linear(x, weight.data, scale, offset, levels)
+        chosen = runs_compiled(x, weight.data, levels, scale, offset)
+        if chosen is not None:
+            level = Threshold(x, level, same_for_all_parts(levels))
+            plan = linear_plan(chosen, weight.in_features, weight.data, scale, offset, level)
+            self.follow(plan, weight.in_features, weight.out_features, weight.in_features * weight.out_features)
 
 
 def linear_weight_only(x: Tensor, weight: LinearWeight, scale: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -90,20 +109,9 @@ def _linear_weight_only(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor
     chosen = runs_compiled(x, weight)
     if chosen is None or (x.shape[:-1].numel() > MANY_ROWS and backend() not in LOOKS_UP):
         return reference.linear_weight_only(x, weight, scale, offset)
-    rows, out = as_rows(x), scale.shape[0]
-    count, size = rows.shape
-    scales, offsets = floats(scale, out), floats(offset, out)
-    weight = weight.contiguous()
-    y = torch.empty((*x.shape[:-1], out))
-    call(
-        "hf_bnn_linear_weight_only",
-        chosen,
-        *threads_for(16 * count * size * out),  # a sixteenth of the speed of binary inputs
-        *(rows.data_ptr(), rows.stride(0), count, size),
-        *(weight.data_ptr(), out, scales.data_ptr(), offsets.data_ptr()),
-        y.data_ptr(),
-    )
-    return y if x.dtype == torch.float32 else y.to(x.dtype)
+    size, out = x.shape[-1], scale.shape[0]
+    plan = linear_plan(chosen, size, weight, scale, offset)
+    return run("hf_bnn_linear_weight_only", plan, x, out, FLOAT_WORK * size * out)
 
 
 define_op(
@@ -112,3 +120,19 @@ define_op(
     reference.linear_weight_only,
     _fake_linear,
 )
+
+
+class LinearWeightOnlyCall(Call):
+    """`linear_weight_only` of fixed weights, for few rows: many go to the op."""
+
+    function, op = "hf_bnn_linear_weight_only", staticmethod(linear_weight_only)
+
+    def __init__(self, weight: LinearWeight, scale: Tensor, offset: Tensor | None = None):
+        super().__init__(weight, scale, offset)
+        x, work = like_inputs(weight), FLOAT_WORK * weight.in_features * weight.out_features
+        check_linear(x, weight.data, scale, offset, None)
+        chosen = runs_compiled(x, weight.data, scale, offset)
+        if chosen is not None:
+            plan = linear_plan(chosen, weight.in_features, weight.data, scale, offset)
+            self.follow(plan, weight.in_features, weight.out_features, work)
+            self.most_rows = math.inf if backend() in LOOKS_UP else MANY_ROWS

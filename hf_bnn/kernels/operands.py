@@ -13,8 +13,8 @@ from ctypes import addressof, c_float
 import torch
 from torch import Tensor
 
-from .library import instruction_set
-from .weights import LinearWeight, linear_shape
+from .library import FfnPlan, LinearPlan, call, instruction_set, thread_pool, threads_for
+from .weights import PANEL, LinearWeight, linear_shape
 
 # Compared in float32, these are compared exactly.
 COMPARABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,11 +31,13 @@ def define_op(schema: str, kernel: Callable, oracle: Callable, fake: Callable) -
     torch.library.register_fake(f"hf_bnn::{name}", fake, lib=_LIBRARY)
 
 
-def runs_compiled(x: Tensor, weight: Tensor, thresholds: Tensor | None = None) -> int | None:
+def runs_compiled(x: Tensor, weight: Tensor, thresholds: Tensor | None = None, *others: Tensor | None) -> int | None:
     """The instruction set if these tensors go to a compiled kernel."""
     if weight.dtype != torch.int32 or x.dtype not in COMPARABLE:
         return None
     if thresholds is not None and thresholds.dtype not in COMPARABLE:
+        return None
+    if not all(tensor is None or tensor.is_cpu for tensor in (x, weight, thresholds, *others)):
         return None
     return instruction_set()
 
@@ -43,17 +45,20 @@ def runs_compiled(x: Tensor, weight: Tensor, thresholds: Tensor | None = None) -
 def floats(values: Tensor | None, size: int) -> Tensor:
     """Contiguous float32; for None what adds nothing to any float, not even to -0.0."""
     if values is None:
-        return torch.full((size,), -0.0)
+        return torch.full((size,), -0.0, dtype=torch.float32, device="cpu")
     if values.dtype == torch.float32 and values.is_contiguous():  # each call that is not made saves half a microsecond
         return values
     return values.to(torch.float32).contiguous()
 
 
 class Threshold:
-    """What float32 inputs are compared with, in memory: `address` is valid for as long as this object lives."""
+    """What float32 inputs are compared with, in memory: `address` is valid for as long as this object lives.
+
+    Two dimensions are for the parts of the outputs, and the inputs.
+    """
 
     def __init__(self, x: Tensor, threshold: float, thresholds: Tensor | None):
-        self.per_input = False
+        self.parts, self.per_input = 1, False
         if thresholds is None and x.dtype == torch.float32:
             self.values = c_float(threshold)
             self.address = addressof(self.values)
@@ -64,8 +69,43 @@ class Threshold:
         elif thresholds.dim() == 0:
             thresholds = thresholds.to(x.dtype)
         self.values = thresholds.to(torch.float32).contiguous()
-        self.per_input = self.values.numel() > 1
+        self.parts = parts_of(thresholds)
+        self.per_input = self.values.numel() > self.parts
         self.address = self.values.data_ptr()
+
+
+def parts_of(thresholds: Tensor | None) -> int:
+    """Into how many parts of the outputs these thresholds divide a linear layer."""
+    return thresholds.shape[0] if thresholds is not None and thresholds.dim() == 2 else 1
+
+
+def same_for_all_parts(thresholds: Tensor | None) -> Tensor | None:
+    """`thresholds` without parts if none differs from the first one: inputs are then packed once."""
+    if parts_of(thresholds) > 1 and bool((thresholds == thresholds[0]).all()):
+        return thresholds[0]
+    return thresholds
+
+
+def linear_plan(
+    chosen: int, size: int, weight: Tensor, scale: Tensor, offset: Tensor | None, level: Threshold | None = None
+) -> LinearPlan:
+    """What a compiled linear layer takes beside its inputs. The plan keeps what it points to."""
+    out, panels = scale.shape[0], weight.contiguous()
+    scales, offsets = floats(scale, out), floats(offset, out)
+    compared = (0, 1, 0) if level is None else (level.address, level.parts, level.per_input)
+    addresses = (panels.data_ptr(), scales.data_ptr(), offsets.data_ptr())
+    plan = LinearPlan(chosen, thread_pool(), size, out, *addresses, *compared)
+    plan.kept = (panels, scales, offsets, level)
+    return plan
+
+
+def run(name: str, plan: LinearPlan | FfnPlan, x: Tensor, out: int, work: int) -> Tensor:
+    """`(..., in)` to `(..., out)` by a function of the library; `work`: multiply-accumulates of a row."""
+    rows = as_rows(x)
+    count = rows.shape[0]
+    y = x.new_empty(*x.shape[:-1], out, dtype=torch.float32)
+    call(name, addressof(plan), rows.data_ptr(), rows.stride(0), count, threads_for(count * work)[1], y.data_ptr())
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -84,7 +124,13 @@ def check_linear(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None
             f"a weight laid out as {tuple(weight.shape)} for inputs {tuple(x.shape)} and {out} outputs: "
             f"expected {expected}, as LinearWeight.from_bits makes it"
         )
-    check_sizes(out, size, offset=offset, thresholds=thresholds)
+    parts = parts_of(thresholds)
+    check_sizes(out, size, offset=offset, thresholds=thresholds[0] if parts > 1 else thresholds)
+    if parts > 1 and out % (parts * PANEL):
+        raise ValueError(
+            f"thresholds of shape {tuple(thresholds.shape)} divide {out} outputs into {parts} parts: expected parts of "
+            f"a multiple of {PANEL} outputs"
+        )
 
 
 def check_sizes(out: int, inputs: int, thresholds: Tensor | None, **per_output: Tensor | None) -> None:
@@ -95,6 +141,11 @@ def check_sizes(out: int, inputs: int, thresholds: Tensor | None, **per_output: 
         raise ValueError(
             f"thresholds has shape {tuple(thresholds.shape)}: expected one number, or one for each of {inputs} inputs"
         )
+
+
+def like_inputs(weight: LinearWeight) -> Tensor:
+    """No inputs, of the shape and kind that calls take."""
+    return weight.data.new_empty((0, weight.in_features), dtype=torch.float32)
 
 
 def check_features(x: Tensor, weight: LinearWeight) -> None:

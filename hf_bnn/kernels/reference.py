@@ -34,8 +34,13 @@ def linear(
 ) -> Tensor:
     """See kernels.linear."""
     size, out = x.shape[-1], scale.shape[0]
-    rows = signs(x, threshold, thresholds).reshape(x.shape[:-1].numel(), size)
-    sums = integer_product(rows, linear_signs(weight, out, size))
+    rows, matrix = x.reshape(x.shape[:-1].numel(), size), linear_signs(weight, out, size)
+    if thresholds is not None and thresholds.dim() == 2:
+        matrices = matrix.reshape(thresholds.shape[0], out // thresholds.shape[0], size)
+        parts = zip(thresholds, matrices, strict=True)
+        sums = torch.cat([integer_product(signs(rows, 0.0, part), matrix) for part, matrix in parts], 1)
+    else:
+        sums = integer_product(signs(rows, threshold, thresholds), matrix)
     return rescaled(sums, scale, offset).view(*x.shape[:-1], out).to(x.dtype)
 
 

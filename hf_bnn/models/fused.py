@@ -1,6 +1,5 @@
 """BERT's and ViT's blocks on fused products, for `hf_bnn.optimize_`."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,9 +10,10 @@ from transformers.models.vit import modeling_vit
 from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
 from ..fused import FUSERS
-from ..fused.base import Fused
+from ..fused.base import Fused, Planned
 from ..fused.feed_forward import feed_forward, hidden_interval
 from ..fused.layers import JointLinear, KernelLinear
+from ..kernels import FfnCall
 
 
 class _FusedAttention(Fused):
@@ -22,8 +22,14 @@ class _FusedAttention(Fused):
     made = ("joint",)
     joint: JointLinear
 
+    @classmethod
+    def fuse(cls, attention: nn.Module) -> None:
+        if JointLinear.takes(cls.projections(attention)):
+            cls.take_place_of(attention)
+
     def derive(self) -> None:
-        self.joint = JointLinear(self.projections())
+        if self.whole():
+            self.joint = JointLinear(self.projections())
 
     def projections(self) -> tuple[nn.Module, ...]:
         """The layers that make queries, keys and values."""
@@ -39,9 +45,13 @@ class _FusedAttention(Fused):
         context, probabilities = interface(self, *heads, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return context.reshape(*shape, -1).contiguous(), probabilities
 
+    def whole(self) -> bool:
+        """Whether no layer was replaced, by an adapter."""
+        return all(type(layer) is KernelLinear for layer in self.projections())
+
     def runs_plain(self, hidden_states: Tensor) -> bool:
-        """Whether the layers must run one by one: for gradients, or since one of them was replaced (by an adapter)."""
-        return self.learns(hidden_states) or any(type(layer) is not KernelLinear for layer in self.projections())
+        """Whether the layers must run one by one, as they must for gradients."""
+        return self.learns(hidden_states) or not self.whole()
 
 
 class FusedBertSelfAttention(_FusedAttention, BertSelfAttention):
@@ -63,41 +73,48 @@ class FusedBertSelfAttention(_FusedAttention, BertSelfAttention):
         return self.attend(hidden_states, attention_mask, size, modeling_bert.eager_attention_forward, kwargs)
 
 
-class _FusedFeedForward(Fused):
+class _FusedFeedForward(Planned, Fused):
     """Two layers whose hidden values stay bits."""
 
-    made = ("interval",)
-    interval: tuple[float, float] | None
+    made = ("interval", "call")
 
-    def block(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    @classmethod
+    def fuse(cls, block: nn.Module) -> None:
+        if hidden_interval(*cls.layers(block)) is not None:
+            cls.take_place_of(block)
+
+    def layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """The first layer, the activation and the second layer."""
         raise NotImplementedError(f"{type(self).__name__} must say which layers it joins")
 
     def derive(self) -> None:
-        self.interval = hidden_interval(*self.block())
+        self.interval = hidden_interval(*self.layers())
+        self.call = self.plan()
+
+    def whole(self) -> bool:
+        """Whether no layer was replaced, by an adapter."""
+        first, _, second = self.layers()
+        return type(first) is KernelLinear and type(second) is KernelLinear
+
+    def plan(self) -> FfnCall | None:
+        first, _, second = self.layers()
+        return feed_forward(first, self.interval, second) if self.interval is not None and self.whole() else None
 
     def runs_plain(self, x: Tensor) -> bool:
-        """Whether the layers must run one by one: for gradients, or since one of them was replaced (by an adapter)."""
-        first, _, second = self.block()
-        kernels = type(first) is KernelLinear and type(second) is KernelLinear
-        return self.interval is None or not kernels or self.learns(x)
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """`(..., in)` to `(..., out)` through the block."""
-        first, _, second = self.block()
-        return feed_forward(x, first, self.interval, second)
+        """Whether the layers must run one by one, as they must for gradients."""
+        return self.call is None or self.learns(x) or not self.whole()
 
 
 class FusedBertLayer(_FusedFeedForward, BertLayer):
     """BertLayer whose feed-forward block keeps its hidden values as bits."""
 
-    def block(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output.dense
 
     def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
         if self.runs_plain(attention_output):
             return super().feed_forward_chunk(attention_output)
-        return self.output.LayerNorm(self.feed_forward(attention_output) + attention_output)
+        return self.output.LayerNorm(self.call(attention_output) + attention_output)
 
 
 class FusedViTAttention(_FusedAttention, ViTAttention):
@@ -119,24 +136,16 @@ class FusedViTAttention(_FusedAttention, ViTAttention):
 class FusedViTMLP(_FusedFeedForward, ViTMLP):
     """ViTMLP that keeps its hidden values as bits."""
 
-    def block(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         return self.fc1, self.activation_fn, self.fc2
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return super().forward(hidden_states) if self.runs_plain(hidden_states) else self.feed_forward(hidden_states)
-
-
-def _fuse_attention(fused: type[_FusedAttention]) -> Callable[[nn.Module], None]:
-    def fuse(attention: nn.Module) -> None:
-        if JointLinear.takes(fused.projections(attention)):
-            fused.take_place_of(attention)
-
-    return fuse
+        return super().forward(hidden_states) if self.runs_plain(hidden_states) else self.call(hidden_states)
 
 
 FUSERS |= {
-    BertSelfAttention: _fuse_attention(FusedBertSelfAttention),
-    BertLayer: FusedBertLayer.take_place_of,
-    ViTAttention: _fuse_attention(FusedViTAttention),
-    ViTMLP: FusedViTMLP.take_place_of,
+    BertSelfAttention: FusedBertSelfAttention.fuse,
+    BertLayer: FusedBertLayer.fuse,
+    ViTAttention: FusedViTAttention.fuse,
+    ViTMLP: FusedViTMLP.fuse,
 }

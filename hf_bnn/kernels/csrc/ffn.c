@@ -6,13 +6,12 @@
 enum { CHUNK = 64 }; /* hidden values at a time: four panels, one pair of words */
 
 struct ffn {
+    const struct ffn_plan *plan;
     const struct instruction_set *set;
     const float *x;
     int64_t row_step, rows;
     struct threshold threshold;
     struct product first, second;
-    const float *first_offset, *second_offset;
-    float low, high;
     float *out;
     int64_t rows_per_block;
     int failed;
@@ -40,8 +39,8 @@ static void find_hidden_bits(const struct ffn *f, const struct block *block, uin
         const int64_t count = smaller(CHUNK, size - column), panel = column / PANEL;
         uint32_t *to = hidden + column / 32;
         f->set->multiply(&product, block, panel, panel + divide_up(count, PANEL), values);
-        f->set->pack_rows(values, CHUNK, block->count, count, (struct threshold){&f->high, 0}, to, step);
-        f->set->pack_rows(values, CHUNK, block->count, count, (struct threshold){&f->low, 0}, below, 2);
+        f->set->pack_rows(values, CHUNK, block->count, count, (struct threshold){&f->plan->high, 0}, to, step);
+        f->set->pack_rows(values, CHUNK, block->count, count, (struct threshold){&f->plan->low, 0}, below, 2);
         for (int64_t row = 0; row < block->count; row++) { /* what is < low is < high, too */
             to[row * step] ^= below[2 * row];
             to[row * step + 1] ^= below[2 * row + 1];
@@ -63,33 +62,34 @@ static void ffn_blocks(int64_t begin, int64_t end, void *context)
         int64_t row = i * f->rows_per_block, count = smaller(f->rows_per_block, f->rows - row);
         struct block block;
         f->set->pack_rows(f->x + row * f->row_step, f->row_step, count, f->first.inputs, f->threshold, bits, in_words);
-        set_rows(&block, count, bits, in_words, f->first_offset);
+        set_rows(&block, count, bits, in_words, f->plan->first.offset);
         find_hidden_bits(f, &block, hidden);
-        set_rows(&block, count, hidden, hidden_words, f->second_offset);
+        set_rows(&block, count, hidden, hidden_words, f->plan->second.offset);
         f->set->multiply(&f->second, &block, 0, divide_up(f->second.outputs, PANEL), f->out + row * f->second.outputs);
     }
     free(bits);
 }
 
-int hf_bnn_ffn(int64_t set, parallel_for pool, int64_t threads, const float *x, int64_t row_step, int64_t rows,
-               int64_t inputs, const float *threshold, int per_input, const uint32_t *first, int64_t hidden,
-               const float *first_scale, const float *first_offset, float low, float high,
-               const uint32_t *second, int64_t outputs, const float *second_scale, const float *second_offset,
-               float *out)
+static struct product product_of(const struct linear_plan *plan, const int64_t *run)
+{
+    return (struct product){plan->weights,          plan->inputs, plan->outputs, run, 1,
+                            words_of(plan->inputs), plan->scale,  plan->outputs};
+}
+
+int hf_bnn_ffn(const struct ffn_plan *plan, const float *x, int64_t row_step, int64_t rows, int64_t threads, float *out)
 {
     const int64_t run = 0;
+    const struct linear_plan *first = &plan->first;
+    const parallel_for pool = threads > 1 ? first->pool : NULL;
     struct ffn f = {
-        .set = instruction_set(set),
+        .plan = plan,
+        .set = instruction_set(first->set),
         .x = x,
         .row_step = row_step,
         .rows = rows,
-        .threshold = {threshold, per_input},
-        .first = {first, inputs, hidden, &run, 1, words_of(inputs), first_scale, hidden},
-        .second = {second, hidden, outputs, &run, 1, words_of(hidden), second_scale, outputs},
-        .first_offset = first_offset,
-        .second_offset = second_offset,
-        .low = low,
-        .high = high,
+        .threshold = {first->thresholds, first->per_input != 0},
+        .first = product_of(first, &run),
+        .second = product_of(&plan->second, &run),
         .out = out,
         .rows_per_block = block_rows(rows, threads),
     };

@@ -17,6 +17,24 @@ enum { OK = 0, OUT_OF_MEMORY = 1 };
 typedef void (*range_function)(int64_t begin, int64_t end, void *context);
 typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, range_function f, void *context);
 
+/* What no call of a linear layer changes, in the order of the fields of hf_bnn/kernels/library.py, LinearPlan. */
+struct linear_plan {
+    int64_t set;
+    parallel_for pool;
+    int64_t inputs, outputs;
+    const uint32_t *weights;
+    const float *scale, *offset;
+    const float *thresholds; /* [parts], or [parts][inputs] if per_input */
+    int64_t parts;           /* of the outputs, equal ones: each sees the inputs through its own thresholds */
+    int64_t per_input;
+};
+
+/* A hidden value h counts as -1 where low <= h < high; the thresholds of `second` are not used. */
+struct ffn_plan {
+    struct linear_plan first, second;
+    float low, high;
+};
+
 /* In the order of the fields of hf_bnn/kernels/library.py, Conv2dShape. */
 struct conv2d_shape {
     int64_t batch, channels, height, width;                 /* of the input */
@@ -34,23 +52,17 @@ EXPORTED const char *hf_bnn_name(int64_t i);
 /* Whether this processor has the i-th instruction set. */
 EXPORTED int hf_bnn_available(int64_t i);
 
-/* (rows, inputs), rows `row_step` floats apart, and panels to (rows, outputs). */
-EXPORTED int hf_bnn_linear(int64_t set, parallel_for pool, int64_t threads, const float *x, int64_t row_step,
-                           int64_t rows, int64_t inputs, const float *threshold, int per_input,
-                           const uint32_t *weights, int64_t outputs, const float *scale, const float *offset,
-                           float *out);
+/* (rows, inputs), rows `row_step` floats apart, to (rows, outputs), on `threads` threads: one if there is no pool. */
+EXPORTED int hf_bnn_linear(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
+                           int64_t threads, float *out);
 
 /* The same for inputs that stay floats. */
-EXPORTED int hf_bnn_linear_weight_only(int64_t set, parallel_for pool, int64_t threads, const float *x,
-                                       int64_t row_step, int64_t rows, int64_t inputs, const uint32_t *weights,
-                                       int64_t outputs, const float *scale, const float *offset, float *out);
+EXPORTED int hf_bnn_linear_weight_only(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
+                                       int64_t threads, float *out);
 
-/* Two products; a hidden value h counts as -1 where low <= h < high. */
-EXPORTED int hf_bnn_ffn(int64_t set, parallel_for pool, int64_t threads, const float *x, int64_t row_step,
-                        int64_t rows, int64_t inputs, const float *threshold, int per_input, const uint32_t *first,
-                        int64_t hidden, const float *first_scale, const float *first_offset, float low, float high,
-                        const uint32_t *second, int64_t outputs, const float *second_scale,
-                        const float *second_offset, float *out);
+/* Two products. */
+EXPORTED int hf_bnn_ffn(const struct ffn_plan *plan, const float *x, int64_t row_step, int64_t rows, int64_t threads,
+                        float *out);
 
 /* NCHW or NHWC floats and panels [group][panel][kernel row][kernel column][word][16] to NHWC floats. `corners` is
  * [kh + 1][kw + 1][outputs]: the sum of the kernel's signs above and left of a corner. `shift`, or NULL: its product
