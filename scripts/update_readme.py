@@ -167,8 +167,8 @@ def memory_line(memory: dict) -> str:
 def other_line(label: str, benchmark: dict) -> str:
     """A run on other kernels or threads, in one line."""
     rows = {row["name"]: row["speedup_fp32"] for row in benchmark["rows"]}
-    found = ", ".join(f"{text} {rows[name]:.1f}" for name, text in OTHER_ROWS.items() if name in rows)
-    return f"- {label}, over float32: {found}. {losses(benchmark)}"
+    found = "; ".join(f"{text}: {rows[name]:.1f}" for name, text in OTHER_ROWS.items() if name in rows)
+    return f"- {label}, over float32. {found[:1].upper()}{found[1:]}. {losses(benchmark)}"
 
 
 def speed_results(folder: Path) -> tuple[dict, dict[str, dict]]:

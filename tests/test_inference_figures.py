@@ -60,9 +60,11 @@ def test_other_runs_and_the_memory_have_a_line_each():
         "\n"
     )
     assert "340.0 MB float32, 22.0 MB packed, 20.0 MB optimized: 17.0 times less" in memory
-    assert avx2.startswith("- AVX2 kernels (torch keeps its AVX-512), over float32: linear layer, 128 x 768 to 768 2.0")
+    assert avx2.startswith(
+        "- AVX2 kernels (torch keeps its AVX-512), over float32. Linear layer, 128 x 768 to 768: 2.0;"
+    )
     assert threads == (
-        "- Two threads, over float32: linear layer, 128 x 768 to 768 2.0, ResNet-18 3.0. "
+        "- Two threads, over float32. Linear layer, 128 x 768 to 768: 2.0; ResNet-18: 3.0. "
         "Slower than float32, of 3 rows measured: `linear_m1_k64_n64`."
     )
 
