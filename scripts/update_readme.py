@@ -4,6 +4,7 @@ python scripts/update_readme.py
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -79,27 +80,102 @@ def runs_table(runs: list[dict]) -> str:
 
 
 SPEED_ROWS = {
-    "linear": "W1A1 linear",
-    "ffn": "W1A1 feed-forward block, fused",
-    "w1a32": "1-bit weights, float inputs, linear",
-    "resnet18_body": "the 19 convolutions of ResNet-18's stages",
+    "bert_base_s128_b1_linears": "BERT-base, 128 tokens: packed",
+    "bert_base_s128_b1_ffn": "the same, optimized",
+    "bert_base_s128_b1_all": "the same, attention products binary too",
+    "bert_base_s128_b8_all": "the same, batch 8",
+    "bert_base_s512_b1_all": "the same, 512 tokens",
+    "bert_base_s1_b1_w1a32": "BERT-base, 1 token, binary weights, float inputs",
+    "minilm_s64_b1_all": "MiniLM, 64 tokens, attention products binary too",
+    "minilm_s64_b32_all": "the same, batch 32",
+    "vit_b16_b1_all": "ViT-B/16, attention products binary too",
+    "vit_b16_b8_all": "the same, batch 8",
+    "resnet18_b1": "ResNet-18",
+    "resnet18_b8": "the same, batch 8",
+    "resnet50_b1": "ResNet-50",
+    "resnet50_b8": "the same, batch 8",
+    "linear_m1_k768_n768": "linear layer, 1 x 768 to 768",
+    "linear_m8_k768_n768": "linear layer, 8 x 768 to 768",
+    "linear_m128_k768_n768": "linear layer, 128 x 768 to 768",
+    "linear_m1024_k768_n3072": "linear layer, 1024 x 768 to 3072",
+    "ffn_m128": "feed-forward block, 128 x 768 to 3072 to 768",
+    "w1a32_m1_k768_n3072": "linear layer, binary weights, float inputs, 1 x 768 to 3072",
+    "resnet18_body_b1": "the 19 convolutions of ResNet-18's stages",
+    "resnet18_body_b8": "the same, batch 8",
 }
+OTHER_RUNS = {  # by the end of the file's name; without a compiler only torch's own products are left
+    "avx2": "AVX2 kernels (torch keeps its AVX-512)",
+    "torch": "Without a compiler",
+    "2threads": "Two threads",
+}
+OTHER_ROWS = {
+    "linear_m128_k768_n768": "linear layer, 128 x 768 to 768",
+    "ffn_m128": "feed-forward block, 128 rows",
+    "resnet18_body_b1": "ResNet-18's convolutions",
+    "bert_base_s128_b1_ffn": "BERT-base, 128 tokens",
+    "bert_base_s128_b1_all": "the same, attention products binary too",
+    "resnet18_b1": "ResNet-18",
+}
+CHART = "scripts/results/inference.png"
 
 
-def speed_table(benchmark: dict) -> str:
-    """The kernels over torch's layers of three precisions, by shape."""
-    lines = ["| product | shape | ms | over float32 | over bfloat16 | over dynamic int8 |", "|---|---|---|---|---|---|"]
-    for row in benchmark["rows"]:
-        kind = next((kind for kind in SPEED_ROWS if row["name"].startswith(f"{kind}_")), None)
-        if kind is not None:
-            shape = row["name"].removeprefix(f"{kind}_").replace("_", " ")
-            ratios = [row[f"speedup_{name}"] for name in ("fp32", "bf16", "int8")]
+def speed_text(benchmark: dict, others: dict[str, dict]) -> str:
+    """Packed models and layers over torch's of three precisions; `others`: runs on other kernels or threads."""
+    rows = {row["name"]: row for row in benchmark["rows"]}
+    lines = ["| | ms | over float32 | over bfloat16 | over dynamic int8 |", "|---|---|---|---|---|"]
+    for name, label in SPEED_ROWS.items():
+        if name in rows:
+            ratios = [rows[name][f"speedup_{precision}"] for precision in ("fp32", "bf16", "int8")]
             cells = ["-" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
-            lines.append(f"| {SPEED_ROWS[kind]} | {shape} | {row['ms_median']:.4f} | " + " | ".join(cells) + " |")
-    machine = benchmark["environment"]
+            lines.append(f"| {label} | {milliseconds(rows[name]['ms_median'])} | " + " | ".join(cells) + " |")
+    machine, rounds = benchmark["environment"], [row["rounds"] for row in benchmark["rows"]]
+    fewest_to_most = f"{min(rounds)} to {max(rounds)}" if min(rounds) < max(rounds) else str(max(rounds))
     where = f"{machine['backend']} kernels, {machine['cpu']}, torch {machine['torch']}"
-    note = f"{machine['rounds']} rounds, one thread, {where}."
-    return "\n".join([*lines, "", note])
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    lines += ["", f"{fewest_to_most} rounds, {threads}, {where}. {losses(benchmark)}"]
+    if "bert_base_s128_b1_all" in rows:
+        lines += ["", f"![Speed of whole models over float32]({CHART})", ""]
+    if "memory" in benchmark:
+        lines.append(memory_line(benchmark["memory"]))
+    lines += [other_line(label, others[end]) for end, label in OTHER_RUNS.items() if end in others]
+    return "\n".join(lines)
+
+
+def milliseconds(value: float) -> str:
+    """With three digits that count."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def losses(benchmark: dict) -> str:
+    """Which of a run's rows are slower than float32."""
+    slower = benchmark["slower_than_fp32"]
+    named = ", ".join(f"`{name}`" for name in slower) or "none"
+    return f"Slower than float32, of {len(benchmark['rows'])} rows measured: {named}."
+
+
+def memory_line(memory: dict) -> str:
+    """What the encoder of a BERT-base takes."""
+    float32, packed, optimized = (
+        memory[f"{name}_bytes"] / 1e6 for name in ("bert_base_encoder_fp32", "packed", "optimized")
+    )
+    return (
+        f"- Memory of BERT-base's encoder, in use, with what is laid out for the kernels: {float32:.1f} MB float32, "
+        f"{packed:.1f} MB packed, {optimized:.1f} MB optimized: {memory['ratio']:.1f} times less."
+    )
+
+
+def other_line(label: str, benchmark: dict) -> str:
+    """A run on other kernels or threads, in one line."""
+    rows = {row["name"]: row["speedup_fp32"] for row in benchmark["rows"]}
+    found = "; ".join(f"{text}: {rows[name]:.1f}" for name, text in OTHER_ROWS.items() if name in rows)
+    return f"- {label}, over float32. {found[:1].upper()}{found[1:]}. {losses(benchmark)}"
+
+
+def speed_results(folder: Path) -> tuple[dict, dict[str, dict]]:
+    """(the run that the table shows, the runs of `OTHER_RUNS` that are there)."""
+    others = {end: folder / f"bench_inference_{end}.json" for end in OTHER_RUNS}
+    found = {end: json.loads(path.read_text()) for end, path in others.items() if path.exists()}
+    return json.loads((folder / "bench_inference.json").read_text()), found
 
 
 def images_table(folder: Path) -> str:
@@ -124,7 +200,7 @@ def updated(text: str) -> str:
     parts = {
         "runs": runs_table(runs),
         "images": images_table(RESULTS),
-        "speed": speed_table(json.loads((RESULTS / "bench_inference.json").read_text())),
+        "speed": speed_text(*speed_results(RESULTS)),
         "methods": methods_table(json.loads((RESULTS / "bench_training.json").read_text())),
         "orders": orders_table(json.loads((RESULTS / "stompp_order.json").read_text())),
         "fsg": fsg_text(json.loads((RESULTS / "fsg.json").read_text())),
