@@ -52,9 +52,9 @@ class Fused:
                 delattr(self, name)
         self.__class__ = self.plain
 
-    def learns(self, *tensors: Tensor) -> bool:
-        """Whether gradients are asked for, which only the plain forward has."""
-        return self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    def learns(self, x: Tensor) -> bool:
+        """Whether gradients may be asked for, which only the plain forward has."""
+        return self.training or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _derive_again(module: nn.Module, incompatible_keys: object) -> None:

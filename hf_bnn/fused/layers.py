@@ -53,7 +53,7 @@ class _KernelLayer(Fused):
         self.register_buffer("weight", bits)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point() or not x.numel() or self.learns(x):
+        if self.learns(x) or not x.is_floating_point():
             return super().forward(x)
         return self.run_compiled(x)
 
