@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,12 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from hf_bnn import BinaryBertForSequenceClassification, pack_
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    pip install")]
-TRAINER_EXAMPLE, PLUG_IN_EXAMPLE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TRAINER_EXAMPLE, PLUG_IN_EXAMPLE, SPEED_EXAMPLE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_readme_has_the_two_commands():
@@ -97,6 +100,17 @@ def test_the_readmes_example_of_another_architecture_runs(hub, tmp_path):
     assert "distilbert.transformer.layer.0.ffn.lin2.input:" in printed
     config = json.loads((tmp_path / "distilbert-binary" / "config.json").read_text())
     assert config["quantization_config"]["weight_format"] == "packed"
+
+
+@pytest.mark.multiprocess
+def test_the_readmes_example_of_an_optimized_model_runs(hub, tmp_path):
+    packed = pack_(BinaryBertForSequenceClassification.from_pretrained(save_bert(tmp_path / "float")))
+    shutil.copytree(
+        tmp_path / "float", tmp_path / "quickstart" / "packed", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    packed.save_pretrained(tmp_path / "quickstart" / "packed")
+    (tmp_path / "example.py").write_text(SPEED_EXAMPLE)
+    assert "'score':" in run_at(hub, [sys.executable, "example.py"], tmp_path)
 
 
 def command_of(start: str) -> list[str]:
