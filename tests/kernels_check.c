@@ -69,6 +69,12 @@ static uint32_t *panels_of(const float *w, int64_t outputs, int64_t inputs)
     uint32_t *panels = array(count, sizeof *panels);
     memset(panels, 0, (size_t)count * sizeof *panels);
     write_panels(w, outputs, inputs, inputs, 1, words_of(inputs), 0, panels);
+    for (int64_t i = 0; i < count; i++) { /* prefixes through all words, not only in pairs */
+        int64_t word = i / PANEL % words_of(inputs);
+        if (word > 1) {
+            panels[i] ^= panels[i - (word % 2 + 1) * PANEL];
+        }
+    }
     return panels;
 }
 

@@ -58,14 +58,24 @@ def test_panels_hold_the_checkpoints_signs(size: int, out: int):
     assert torch.equal(weights.panels_to_signs(panels, out, size), signs(w).to(torch.int8))
 
 
-def test_panels_are_pairs_of_words_for_sixteen_outputs():
-    w = torch.ones(17, 64)
-    w[3, 0] = w[3, 33] = w[16, 31] = -1
-    panels = weights.bits_to_panels(pack_bits(w), 64)
-    expected = torch.zeros(2, 2, 16, dtype=torch.int32)
-    expected[0, :, 3] = torch.tensor([1, 1 ^ 2])
-    expected[1, :, 0] = -(2**31)  # the second word is 0, so that the pair is (first, first)
+def test_panels_are_prefixes_of_words_for_sixteen_outputs():
+    w = torch.ones(17, 128)
+    w[3, 0] = w[3, 33] = w[3, 64 + 34] = w[16, 31] = -1
+    panels = weights.bits_to_panels(pack_bits(w), 128)
+    expected = torch.zeros(2, 4, 16, dtype=torch.int32)
+    expected[0, :, 3] = torch.tensor([1, 1 ^ 2, 1 ^ 2, 1 ^ 2 ^ 4])
+    expected[1, :, 0] = -(2**31)
     assert torch.equal(panels, expected)
+
+
+@every_compiled_backend
+def test_prefixes_of_a_convolution_begin_anew_in_each_pair_of_words(backend: str):
+    w = torch.ones(17, 128, 1, 1)
+    w[3, 0] = w[3, 33] = w[3, 64 + 34] = w[16, 31] = -1
+    expected = torch.zeros(2, 4, 16, dtype=torch.int32)
+    expected[0, :, 3] = torch.tensor([1, 1 ^ 2, 0, 4])
+    expected[1, :2, 0] = -(2**31)
+    assert torch.equal(conv2d_weight(w).data, expected)
 
 
 def test_bits_behind_the_last_input_do_not_count():

@@ -75,7 +75,7 @@ class Conv2dWeight(NamedTuple):
         corners = torch.zeros(kh + 1, kw + 1, out, dtype=torch.int32, device=bits.device)
         corners[1:, 1:] = signs.sum(3, dtype=torch.int32).permute(1, 2, 0).cumsum(0).cumsum(1)
         if takes_panels(bits) and groups_are_large(in_channels, out, groups):
-            words = _bits_to_words(taps, channels).view(groups, out // groups, -1)
+            words = _xor_in_pairs(_bits_to_words(taps, channels)).view(groups, out // groups, -1)
             return cls(torch.cat([_words_to_panels(group) for group in words]), corners, in_channels, groups)
         return cls(signs.permute(0, 3, 1, 2).contiguous(), corners, in_channels, groups)
 
@@ -95,15 +95,34 @@ def groups_are_large(channels: int, outputs: int, groups: int) -> bool:
 
 
 def _bits_to_words(bits: Tensor, size: int) -> Tensor:
-    """uint8 `(out, ceil(size / 8))` to int32 `(out, words)` in pairs (first, first ^ second)."""
+    """uint8 `(out, ceil(size / 8))` to int32 `(out, words)`, an even number of words."""
     padded = F.pad(bits, (0, -bits.shape[1] % (PAIR // 8)))
     if size % 8:  # bits behind the last input would count as differences
         padded[:, size // 8] &= (1 << size % 8) - 1
     shifts = torch.arange(0, WORD, 8, dtype=torch.int64, device=bits.device)
     words = (padded.unflatten(1, (padded.shape[1] // 4, 4)).to(torch.int64) << shifts).sum(-1)
     words = words - (words >> 31 << 32)  # the number that int32 has for these bits
-    pairs = words.to(torch.int32).unflatten(1, (words.shape[1] // 2, 2))
+    return words.to(torch.int32)
+
+
+def _xor_in_pairs(words: Tensor) -> Tensor:
+    """(first, second) to (first, first ^ second) for each pair of words, and back."""
+    pairs = words.unflatten(1, (words.shape[1] // 2, 2))
     return torch.stack((pairs[..., 0], pairs[..., 0] ^ pairs[..., 1]), -1).flatten(1)
+
+
+def _xor_prefixes(words: Tensor) -> Tensor:
+    """The n-th word is xor of the first n words."""
+    step = 1
+    while step < words.shape[1]:
+        words = torch.cat((words[:, :step], words[:, step:] ^ words[:, :-step]), 1)
+        step *= 2
+    return words
+
+
+def _xor_differences(prefixes: Tensor) -> Tensor:
+    """Inverse of `_xor_prefixes`."""
+    return torch.cat((prefixes[:, :1], prefixes[:, 1:] ^ prefixes[:, :-1]), 1)
 
 
 def _words_to_panels(words: Tensor) -> Tensor:
@@ -112,18 +131,24 @@ def _words_to_panels(words: Tensor) -> Tensor:
     return padded.unflatten(0, (padded.shape[0] // PANEL, PANEL)).transpose(1, 2).contiguous()
 
 
+def _panels_to_words(panels: Tensor, out: int) -> Tensor:
+    return panels.transpose(1, 2).flatten(0, 1)[:out]
+
+
+def _words_to_signs(words: Tensor) -> Tensor:
+    """int32 `(out, words)` to int8 `(out, 32 * words)`."""
+    shifts = torch.arange(WORD, dtype=torch.int32, device=words.device)
+    return (1 - 2 * (words.unsqueeze(-1) >> shifts & 1).to(torch.int8)).flatten(1)
+
+
 def bits_to_panels(bits: Tensor, in_features: int) -> Tensor:
-    """uint8 `(out, ceil(in / 8))` to int32 `(ceil(out / 16), words, 16)`, words in pairs (first, first ^ second)."""
-    return _words_to_panels(_bits_to_words(bits, in_features))
+    """uint8 `(out, ceil(in / 8))` to int32 `(ceil(out / 16), words, 16)` of prefixes: see csrc/kernels.h."""
+    return _words_to_panels(_xor_prefixes(_bits_to_words(bits, in_features)))
 
 
 def panels_to_signs(panels: Tensor, out_features: int, in_features: int) -> Tensor:
     """Inverse of `bits_to_panels`, as int8 signs `(out, in)`."""
-    pairs = panels.transpose(1, 2).flatten(0, 1)[:out_features].unflatten(1, (panels.shape[1] // 2, 2))
-    words = torch.stack((pairs[..., 0], pairs[..., 0] ^ pairs[..., 1]), -1).flatten(1)
-    shifts = torch.arange(WORD, dtype=torch.int32, device=panels.device)
-    signs = 1 - 2 * (words.unsqueeze(-1) >> shifts & 1).to(torch.int8)
-    return signs.flatten(1)[:, :in_features]
+    return _words_to_signs(_xor_differences(_panels_to_words(panels, out_features)))[:, :in_features]
 
 
 def linear_signs(data: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -136,9 +161,9 @@ def conv2d_signs(data: Tensor, corners: Tensor, in_channels: int, groups: int) -
     if data.dtype == torch.int8:
         return data
     (kh, kw, out), channels = corners.shape, in_channels // groups
-    taps, padded = (kh - 1) * (kw - 1), -(-channels // PAIR) * PAIR
-    signs = [panels_to_signs(group, out // groups, taps * padded) for group in data.chunk(groups)]
-    return torch.cat(signs).view(out, kh - 1, kw - 1, padded)[..., :channels].permute(0, 3, 1, 2)
+    padded = -(-channels // PAIR) * PAIR
+    words = torch.cat([_panels_to_words(group, out // groups) for group in data.chunk(groups)])
+    return _words_to_signs(_xor_in_pairs(words)).view(out, kh - 1, kw - 1, padded)[..., :channels].permute(0, 3, 1, 2)
 
 
 def linear_shape(out_features: int, in_features: int) -> tuple[int, int, int]:

@@ -3,13 +3,12 @@
 #include <immintrin.h>
 #define TARGET __attribute__((target("avx2")))
 #define LANES 8
-#define TILE_ROWS 2
+#define TILE_VECTORS 2
 #define COUNTS_WORDS 0
 #include "vectors.h"
 
-INLINE words carry(words d1, words d12, words z)
+INLINE words carry(words t, words s, words z)
 {
-    words t = z ^ d1, s = z ^ d12;
     return (words)_mm256_or_si256(_mm256_andnot_si256((__m256i)s, (__m256i)t),
                                   _mm256_andnot_si256((__m256i)t, (__m256i)z));
 }

@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq")))
 #define LANES 16
-#define TILE_ROWS 4
+#define TILE_VECTORS 4
 #define COUNTS_WORDS 1
 #include "avx512_common.h"
 

@@ -11,10 +11,18 @@ static int has_avx512(void)
 
 /* Any function of three bits is one instruction; its truth table is the last argument. There are fewer units for it
  * than for xor, so that nothing else is done with it. */
-INLINE words carry(words d1, words d12, words z)
+INLINE words carry(words t, words s, words z)
+{
+    return (words)_mm512_ternarylogic_epi32((__m512i)t, (__m512i)s, (__m512i)z, 0x3A);
+}
+
+#define CARRY_OF_PAIR
+INLINE words carry_of_pair(words d1, words d12, words z)
 {
     return (words)_mm512_ternarylogic_epi32((__m512i)d1, (__m512i)d12, (__m512i)z, 0xB8);
 }
+
+#define IN_REGISTER(vector) __asm__("" : "+v"(vector))
 
 INLINE uint32_t signs_of_16(const float *x, const float *t, const int step)
 {

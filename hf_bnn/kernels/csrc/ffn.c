@@ -27,7 +27,7 @@ static void set_rows(struct block *block, int64_t count, const uint32_t *bits, i
     }
 }
 
-/* The hidden bits of a block, in pairs: 1 where low <= h < high. `block` has the rows of the first product. */
+/* The hidden bits of a block: 1 where low <= h < high. `block` has the rows of the first product. */
 static void find_hidden_bits(const struct ffn *f, const struct block *block, uint32_t *hidden)
 {
     float values[BLOCK_ROWS * CHUNK];
@@ -38,12 +38,13 @@ static void find_hidden_bits(const struct ffn *f, const struct block *block, uin
     for (int64_t column = 0; column < size; column += CHUNK) {
         const int64_t count = smaller(CHUNK, size - column), panel = column / PANEL;
         uint32_t *to = hidden + column / 32;
-        f->set->multiply(&product, block, panel, panel + divide_up(count, PANEL), values);
+        f->set->multiply_linear(&product, block, panel, panel + divide_up(count, PANEL), values);
         f->set->pack_rows(values, CHUNK, block->count, count, (struct threshold){&f->plan->high, 0}, to, step);
         f->set->pack_rows(values, CHUNK, block->count, count, (struct threshold){&f->plan->low, 0}, below, 2);
         for (int64_t row = 0; row < block->count; row++) { /* what is < low is < high, too */
-            to[row * step] ^= below[2 * row];
-            to[row * step + 1] ^= below[2 * row + 1];
+            uint32_t *pair = to + row * step, before = column ? pair[-1] : 0;
+            pair[0] ^= below[2 * row] ^ before;
+            pair[1] ^= below[2 * row + 1] ^ before;
         }
     }
 }
@@ -61,11 +62,11 @@ static void ffn_blocks(int64_t begin, int64_t end, void *context)
     for (int64_t i = begin; i < end; i++) {
         int64_t row = i * f->rows_per_block, count = smaller(f->rows_per_block, f->rows - row);
         struct block block;
-        f->set->pack_rows(f->x + row * f->row_step, f->row_step, count, f->first.inputs, f->threshold, bits, in_words);
+        f->set->pack_linear(f->x + row * f->row_step, f->row_step, count, f->first.inputs, f->threshold, bits, in_words);
         set_rows(&block, count, bits, in_words, f->plan->first.offset);
         find_hidden_bits(f, &block, hidden);
         set_rows(&block, count, hidden, hidden_words, f->plan->second.offset);
-        f->set->multiply(&f->second, &block, 0, divide_up(f->second.outputs, PANEL), f->out + row * f->second.outputs);
+        f->set->multiply_linear(&f->second, &block, 0, divide_up(f->second.outputs, PANEL), f->out + row * f->second.outputs);
     }
     free(bits);
 }

@@ -1,4 +1,14 @@
 /* The table of an instruction set's functions, from what the file has defined and included before it. */
-#define INSTRUCTION_SET(identifier, title)                                                                       \
-    const struct instruction_set identifier = {title,         available,      pack_rows,      pack_planes, multiply, \
-                                               prepared_size, prepare_inputs, multiply_floats}
+#define INSTRUCTION_SET(identifier, title)             \
+    const struct instruction_set identifier = {        \
+        .name = title,                                 \
+        .available = available,                        \
+        .pack_rows = pack_rows,                        \
+        .pack_linear = pack_linear,                    \
+        .pack_planes = pack_planes,                    \
+        .multiply = multiply,                          \
+        .multiply_linear = multiply_linear,            \
+        .prepared_size = prepared_size,                \
+        .prepare_inputs = prepare_inputs,              \
+        .multiply_floats = multiply_floats,            \
+    }

@@ -2,12 +2,15 @@
  *
  * Bits. Bit 1 stands for -1. With K inputs, sum(w * x) = K - 2 * popcount(w ^ x).
  *
- * Prefix parity. Words of 32 bits are stored in pairs as (x1, x1 ^ x2), weights and activations alike. While a loop
- * runs over the pairs it keeps in z, for each bit position, the parity of the differences d = w ^ x seen so far:
- *     t = z ^ w1' ^ x1'                  parity after the first word
- *     s = z ^ w2' ^ x2'                  parity after the second one
+ * Prefix parity. Words of 32 bits are stored as prefixes, x1' = x1, x2' = x1 ^ x2, x3' = x1 ^ x2 ^ x3 and so on,
+ * weights and activations alike. With d = w ^ x, w2' ^ x2' is, for each bit position, the parity of the differences seen
+ * so far. A loop over pairs of words keeps it in z:
+ *     t = w1' ^ x1'                      parity after the first word of a pair
+ *     s = w2' ^ x2'                      parity after the second one
  *     carry = t ? ~s : z                 z + d1 + d2 = 2 * carry + s: a full adder
  * so only the carry is counted, once for two words, and it weighs 2; z itself is counted once at the end.
+ * In linear layers prefixes run through all inputs. In convolutions, whose windows are put together from several runs of
+ * words, they begin anew in each pair, (x1, x1 ^ x2), and the loop computes t = z ^ w1' ^ x1' and s = z ^ w2' ^ x2'.
  *
  * Panels. Weights lie as [output / 16][word][16]: word k of 16 consecutive outputs is one vector of 512 bits. Missing
  * outputs and inputs are bits 0. The layout is the same for every instruction set.
@@ -73,11 +76,16 @@ struct instruction_set {
     /* Signs of `rows` rows of floats, `row_step` floats apart, to rows of words_of(inputs) words, `out_step` apart. */
     void (*pack_rows)(const float *x, int64_t row_step, int64_t rows, int64_t inputs, struct threshold threshold,
                       uint32_t *out, int64_t out_step);
-    /* The same where the inputs of a row lie `plane` floats apart, and the rows one: images with channels first. */
+    /* The same with prefixes through all words of a row. */
+    void (*pack_linear)(const float *x, int64_t row_step, int64_t rows, int64_t inputs, struct threshold threshold,
+                        uint32_t *out, int64_t out_step);
+    /* As pack_rows, where the inputs of a row lie `plane` floats apart, and the rows one: images with channels first. */
     void (*pack_planes)(const float *x, int64_t plane, int64_t rows, int64_t inputs, struct threshold threshold,
                         uint32_t *out, int64_t out_step);
     /* The panels [first, last) of the product of a block; `out` is where output first * PANEL of its row 0 goes. */
     void (*multiply)(const struct product *p, const struct block *b, int64_t first, int64_t last, float *out);
+    /* The same for prefixes through all words; there is one run. */
+    void (*multiply_linear)(const struct product *p, const struct block *b, int64_t first, int64_t last, float *out);
     /* Floats that `prepare_inputs` writes for a row of the weight-only product, and the product of `rows` rows. */
     int64_t (*prepared_size)(int64_t inputs);
     void (*prepare_inputs)(const float *x, int64_t inputs, float *out);

@@ -22,8 +22,8 @@ static void pack(const struct linear *l, int64_t part, int64_t first, int64_t co
 {
     const int64_t step = l->plan->per_input ? l->plan->inputs : 1;
     const struct threshold threshold = {l->plan->thresholds + part * step, l->plan->per_input != 0};
-    l->set->pack_rows(l->x + first * l->row_step, l->row_step, count, l->plan->inputs, threshold, bits,
-                      l->product.run_words);
+    l->set->pack_linear(l->x + first * l->row_step, l->row_step, count, l->plan->inputs, threshold, bits,
+                        l->product.run_words);
 }
 
 static void multiply_rows(const struct linear *l, int64_t first, int64_t count, const uint32_t *bits,
@@ -37,7 +37,7 @@ static void multiply_rows(const struct linear *l, int64_t first, int64_t count, 
         block.missing[i] = NULL;
     }
     float *out = l->out + first * l->plan->outputs + first_panel * PANEL;
-    l->set->multiply(&l->product, &block, first_panel, last_panel, out);
+    l->set->multiply_linear(&l->product, &block, first_panel, last_panel, out);
 }
 
 /* Parts of many rows: each packs its own block of them, which then lies in the nearest cache. */

@@ -3,13 +3,13 @@
 #include <arm_neon.h>
 #define TARGET
 #define LANES 4
-#define TILE_ROWS 4
+#define TILE_VECTORS 4
 #define COUNTS_WORDS 0
 #include "vectors.h"
 
-INLINE words carry(words d1, words d12, words z)
+INLINE words carry(words t, words s, words z)
 {
-    return (words)vbslq_u32((uint32x4_t)(z ^ d1), (uint32x4_t)~(z ^ d12), (uint32x4_t)z);
+    return (words)vbslq_u32((uint32x4_t)t, (uint32x4_t)~s, (uint32x4_t)z);
 }
 
 INLINE words count_bits(words v) { return (words)vcntq_u8((uint8x16_t)v); }

@@ -12,34 +12,48 @@ INLINE uint32_t signs_of_some(const float *x, const float *t, const int step, in
     return signs_of_32(values, thresholds, step) & ((1u << count) - 1);
 }
 
-INLINE void pack_row(const float *x, int64_t inputs, const float *t, const int step, uint32_t *out)
+/* `linear`: whether prefixes run on from pair to pair. It and `step` are constants in every call. */
+INLINE void pack_row(const float *x, int64_t inputs, const float *t, const int step, const int linear, uint32_t *out)
 {
+    uint32_t before = 0;
     int64_t i = 0;
     for (; i + PAIR_BITS <= inputs; i += PAIR_BITS, out += 2) {
-        uint32_t first = signs_of_32(x + i, t + i * step, step);
-        out[0] = first;
-        out[1] = first ^ signs_of_32(x + i + 32, t + (i + 32) * step, step);
+        out[0] = before ^ signs_of_32(x + i, t + i * step, step);
+        out[1] = out[0] ^ signs_of_32(x + i + 32, t + (i + 32) * step, step);
+        before = linear ? out[1] : 0;
     }
     int64_t left = inputs - i;
     if (left >= 32) {
-        out[0] = signs_of_32(x + i, t + i * step, step);
+        out[0] = before ^ signs_of_32(x + i, t + i * step, step);
         out[1] = out[0] ^ signs_of_some(x + i + 32, t + (i + 32) * step, step, left - 32);
-    } else if (left > 0) {
-        out[1] = out[0] = signs_of_some(x + i, t + i * step, step, left); /* the second word is no bits: ^ 0 */
+    } else if (left > 0) { /* the second word is no bits: ^ 0 */
+        out[1] = out[0] = before ^ signs_of_some(x + i, t + i * step, step, left);
+    }
+}
+
+INLINE void pack_all(const float *x, int64_t row_step, int64_t rows, int64_t inputs, struct threshold threshold,
+                     const int linear, uint32_t *out, int64_t out_step)
+{
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = x + row * row_step;
+        if (threshold.per_input) {
+            pack_row(from, inputs, threshold.values, 1, linear, out + row * out_step);
+        } else {
+            pack_row(from, inputs, threshold.values, 0, linear, out + row * out_step);
+        }
     }
 }
 
 TARGET static void pack_rows(const float *x, int64_t row_step, int64_t rows, int64_t inputs,
                              struct threshold threshold, uint32_t *out, int64_t out_step)
 {
-    for (int64_t row = 0; row < rows; row++) {
-        const float *from = x + row * row_step;
-        if (threshold.per_input) {
-            pack_row(from, inputs, threshold.values, 1, out + row * out_step);
-        } else {
-            pack_row(from, inputs, threshold.values, 0, out + row * out_step);
-        }
-    }
+    pack_all(x, row_step, rows, inputs, threshold, 0, out, out_step);
+}
+
+TARGET static void pack_linear(const float *x, int64_t row_step, int64_t rows, int64_t inputs,
+                               struct threshold threshold, uint32_t *out, int64_t out_step)
+{
+    pack_all(x, row_step, rows, inputs, threshold, 1, out, out_step);
 }
 
 /* The first `count` <= LANES floats from `x` on; the rest is 0. */

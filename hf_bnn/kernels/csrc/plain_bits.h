@@ -1,10 +1,6 @@
 /* Operations on bits for instruction sets that have no better ones. */
 
-INLINE words carry(words d1, words d12, words z)
-{
-    words t = z ^ d1, s = z ^ d12;
-    return (t & ~s) | (~t & z);
-}
+INLINE words carry(words t, words s, words z) { return (t & ~s) | (~t & z); }
 
 INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
 {

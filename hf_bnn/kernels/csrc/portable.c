@@ -1,7 +1,7 @@
 /* Any processor: C only. The compiler makes vectors of it where the processor has some. */
 #define TARGET
 #define LANES 4
-#define TILE_ROWS 2
+#define TILE_VECTORS 2
 #define COUNTS_WORDS 0
 #include "vectors.h"
 #include "plain_bits.h"

@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #define TARGET __attribute__((target("popcnt")))
 #define LANES 4
-#define TILE_ROWS 2
+#define TILE_VECTORS 2
 #define COUNTS_WORDS 1
 #include "vectors.h"
 #include "plain_bits.h"

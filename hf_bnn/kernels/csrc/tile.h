@@ -1,16 +1,26 @@
 /* The product of bits, written once for all instruction sets. The file that includes this has included vectors.h and
  * says
  *
- *   TILE_ROWS           rows of a tile, at most 4, so that its sums stay in registers; it is two vectors wide
- *   carry(d1, d12, z)   the carry of z + d1 + d2 where d12 = d1 ^ d2
+ *   TILE_VECTORS        vectors of outputs in a tile of two rows, 2 or 4, so that its sums stay in registers
+ *   carry(t, s, z)      t ? ~s : z
+ *   carry_of_pair       carry(z ^ d1, z ^ d12, z) for (d1, d12, z), if CARRY_OF_PAIR
  *   count_bits(v)       how many bits are set: per word if COUNTS_WORDS, else per byte
+ *   IN_REGISTER(v)      says that v is in a register here, if the compiler needs to be told
  */
 enum {
     VECTORS_PER_PANEL = PANEL / LANES,
-    MOST_ROWS = 4,
+    TILE_ROWS = 2,
     MOST_VECTORS = 4,
     STEPS_OF_BYTES = 31 /* a byte overflows after 31 counts of up to 8 */
 };
+
+#ifndef CARRY_OF_PAIR
+INLINE words carry_of_pair(words d1, words d12, words z) { return carry(z ^ d1, z ^ d12, z); }
+#endif
+
+#ifndef IN_REGISTER
+#define IN_REGISTER(vector) (void)0
+#endif
 
 INLINE words add_counts(words sums, words counts)
 {
@@ -27,29 +37,24 @@ INLINE words per_word(words sums)
     return (pairs & 0xffff) + (pairs >> 16);
 }
 
-/* Where vector v of the outputs begins in the panels. */
-INLINE const uint32_t *vector_of(const struct product *p, int64_t v)
+/* Differences between R rows and V vectors of outputs, whose weights are `apart` words apart. `linear`: prefixes run
+ * through all words, and there is one run. R, V and `linear` are constants in every call. */
+INLINE void count_differences(const int R, const int V, const int linear, const struct product *p,
+                              const uint32_t *weights, int64_t apart, const uint32_t *const *rows,
+                              words totals[TILE_ROWS][MOST_VECTORS])
 {
-    int64_t panel_words = p->run_count * p->run_words * PANEL;
-    return p->weights + v / VECTORS_PER_PANEL * panel_words + v % VECTORS_PER_PANEL * LANES;
-}
-
-/* Differences between R rows and V vectors of outputs; R and V are constants in every call. */
-INLINE void count_differences(const int R, const int V, const struct product *p, const uint32_t *const *rows,
-                              int64_t vector, words totals[MOST_ROWS][MOST_VECTORS])
-{
-    words z[MOST_ROWS][MOST_VECTORS], sums[MOST_ROWS][MOST_VECTORS];
-    const uint32_t *w[MOST_VECTORS], *a[MOST_ROWS];
+    words z[TILE_ROWS][MOST_VECTORS], sums[TILE_ROWS][MOST_VECTORS];
+    const uint32_t *w[MOST_VECTORS], *a[TILE_ROWS];
     UNROLL for (int v = 0; v < V; v++) {
-        w[v] = vector_of(p, vector + v);
+        w[v] = weights + v / VECTORS_PER_PANEL * apart + v % VECTORS_PER_PANEL * LANES;
         UNROLL for (int r = 0; r < R; r++) {
             z[r][v] = sums[r][v] = totals[r][v] = (words){0};
         }
     }
     int64_t room = STEPS_OF_BYTES;
-    for (int64_t run = 0; run < p->run_count; run++) {
+    for (int64_t run = 0; run < (linear ? 1 : p->run_count); run++) {
         UNROLL for (int r = 0; r < R; r++) {
-            a[r] = rows[r] + p->runs[run];
+            a[r] = rows[r] + (linear ? 0 : p->runs[run]);
         }
         for (int64_t left = p->run_words / 2; left > 0;) {
             int64_t steps = COUNTS_WORDS ? left : smaller(left, room);
@@ -62,12 +67,14 @@ INLINE void count_differences(const int R, const int V, const struct product *p,
                 }
                 UNROLL for (int r = 0; r < R; r++) {
                     words a1 = all_words(a[r][0]), a2 = all_words(a[r][1]);
-
                     a[r] += 2;
                     UNROLL for (int v = 0; v < V; v++) {
-                        words first = w1[v] ^ a1, both = w2[v] ^ a2;
-                        sums[r][v] = add_counts(sums[r][v], count_bits(carry(first, both, z[r][v])));
-                        z[r][v] ^= both;
+                        words first = w1[v] ^ a1, both = w2[v] ^ a2, before = z[r][v];
+                        words carried = linear ? carry(first, both, before) : carry_of_pair(first, both, before);
+                        z[r][v] = linear ? both : before ^ both;
+                        IN_REGISTER(z[r][v]);
+                        sums[r][v] = add_counts(sums[r][v], count_bits(carried));
+                        IN_REGISTER(sums[r][v]);
                     }
                 }
             }
@@ -105,73 +112,100 @@ TARGET static __attribute__((noinline)) void finish_some(const int32_t *sums, in
     }
 }
 
-/* Stores sums of R rows and V vectors. `whole`: all of the vectors' outputs exist. `inner`: nothing is missing. */
-INLINE void store_tile(const int R, const int V, const int whole, const int inner, const struct product *p,
-                       const struct block *b, int64_t row, int64_t vector, words totals[MOST_ROWS][MOST_VECTORS],
-                       float *out)
+/* Stores V sums of a row, from output `first` on. `whole`: all of the outputs exist. */
+INLINE void store_sums(const int V, const int whole, const struct product *p, int64_t first, const words *totals,
+                       const float *offset, const int32_t *missing, float *out)
 {
-    UNROLL for (int r = 0; r < R; r++) {
-        const float *offset = b->offsets[row + r];
-        const int32_t *missing = inner ? NULL : b->missing[row + r];
-        UNROLL for (int v = 0; v < V; v++) {
-            integers sum = (int32_t)p->inputs - 2 * (integers)totals[r][v];
-            int64_t first = (vector + v) * LANES, count = p->outputs - first;
-            const int32_t *absent = missing ? missing + first : NULL;
-            float *to = out + (row + r) * p->out_step + v * LANES;
-            if (whole || count >= LANES) {
-                STORE(to, finished(sum, p->scale + first, offset + first, absent));
-            } else if (count > 0) {
-                int32_t sums[LANES];
-                STORE(sums, sum);
-                finish_some(sums, count, p->scale + first, offset + first, absent, to);
-            }
+    UNROLL for (int v = 0; v < V; v++) {
+        const int64_t column = first + v * LANES, count = p->outputs - column;
+        const int32_t *absent = missing ? missing + column : NULL;
+        integers sum = (int32_t)p->inputs - 2 * (integers)totals[v];
+        if (whole || count >= LANES) {
+            STORE(out + v * LANES, finished(sum, p->scale + column, offset + column, absent));
+        } else if (count > 0) {
+            int32_t sums[LANES];
+            STORE(sums, sum);
+            finish_some(sums, count, p->scale + column, offset + column, absent, out + v * LANES);
         }
     }
 }
 
-/* The outputs from `vector` on of R rows; `out` is where the first of them goes in row 0 of the block. */
-INLINE void multiply_tile(const int R, const int V, const struct product *p, const struct block *b, int64_t row,
-                          int64_t vector, float *out)
+/* R rows from `row` on. Most are of the first kind: with its questions answered once its code is straight. */
+INLINE void multiply_tile(const int R, const int V, const int linear, const struct product *p, const struct block *b,
+                          int64_t row, int64_t vector, const uint32_t *weights, int64_t apart, float *out)
 {
-    words totals[MOST_ROWS][MOST_VECTORS];
-    count_differences(R, V, p, b->rows + row, vector, totals);
-    int inner = 1;
-    UNROLL for (int r = 0; r < R; r++) inner &= !b->missing[row + r];
-    /* Most tiles are of the first kind; with its questions answered once its code is straight. */
-    if (inner && (vector + V) * LANES <= p->outputs) {
-        store_tile(R, V, 1, 1, p, b, row, vector, totals, out);
-    } else {
-        store_tile(R, V, 0, 0, p, b, row, vector, totals, out);
+    words totals[TILE_ROWS][MOST_VECTORS];
+    count_differences(R, V, linear, p, weights, apart, b->rows + row, totals);
+    const int64_t first = vector * LANES;
+    const int whole = first + V * LANES <= p->outputs;
+    UNROLL for (int r = 0; r < R; r++) {
+        const float *offset = b->offsets[row + r];
+        const int32_t *missing = linear ? NULL : b->missing[row + r];
+        if (whole && !missing) {
+            store_sums(V, 1, p, first, totals[r], offset, NULL, out + r * p->out_step);
+        } else {
+            store_sums(V, 0, p, first, totals[r], offset, missing, out + r * p->out_step);
+        }
     }
 }
 
-/* A function for each shape of a tile: the compiler keeps its sums in registers. */
-#define TILE_FUNCTION(R, V)                                                                                   \
-    TARGET static __attribute__((noinline)) void tile_##R##_##V(const struct product *p, const struct block *b, \
-                                                                int64_t row, int64_t vector, float *out)      \
-    {                                                                                                         \
-        multiply_tile(R, V, p, b, row, vector, out);                                                          \
+/* V vectors of outputs from `vector` on, of all rows; `out` is where the first of them goes in row 0. */
+INLINE void multiply_vectors(const int V, const int linear, const struct product *product, const struct block *b,
+                             int64_t vector, float *out)
+{
+    const struct product p = *product; /* a copy: for all the compiler knows, stores could change the original */
+    const int64_t apart = p.run_count * p.run_words * PANEL, count = b->count;
+    const uint32_t *weights =
+        p.weights + vector / VECTORS_PER_PANEL * apart + vector % VECTORS_PER_PANEL * LANES;
+    int64_t row = 0;
+    for (; row + TILE_ROWS <= count; row += TILE_ROWS) {
+        multiply_tile(TILE_ROWS, V, linear, &p, b, row, vector, weights, apart, out + row * p.out_step);
     }
-#define TILE_FUNCTIONS(V) TILE_FUNCTION(1, V) TILE_FUNCTION(2, V) TILE_FUNCTION(3, V) TILE_FUNCTION(4, V)
-TILE_FUNCTIONS(1)
-TILE_FUNCTIONS(2)
-TILE_FUNCTION(1, 4)
+    if (row < count) {
+        multiply_tile(1, V, linear, &p, b, row, vector, weights, apart, out + row * p.out_step);
+    }
+}
 
-typedef void (*tile_function)(const struct product *, const struct block *, int64_t, int64_t, float *);
+/* A function for each width: the compiler keeps a tile's sums in registers. */
+#define WIDTH(V, linear)                                                                                     \
+    TARGET static __attribute__((noinline)) void multiply_##V##_##linear(                                    \
+        const struct product *p, const struct block *b, int64_t vector, float *out)                          \
+    {                                                                                                        \
+        multiply_vectors(V, linear, p, b, vector, out);                                                      \
+    }
+WIDTH(1, 0)
+WIDTH(2, 0)
+WIDTH(4, 0)
+WIDTH(1, 1)
+WIDTH(2, 1)
+WIDTH(4, 1)
+
+INLINE void multiply_panels(const int linear, const struct product *p, const struct block *b, int64_t first,
+                            int64_t last, float *out)
+{
+    const int64_t end = smaller(last * VECTORS_PER_PANEL, divide_up(p->outputs, LANES));
+    const int64_t widest = b->count == 1 ? MOST_VECTORS : TILE_VECTORS;
+    for (int64_t v = first * VECTORS_PER_PANEL, width; v < end; v += width) {
+        const int64_t left = smaller(end - v, widest);
+        float *to = out + v * LANES - first * PANEL;
+        width = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (width == 4) {
+            (linear ? multiply_4_1 : multiply_4_0)(p, b, v, to);
+        } else if (width == 2) {
+            (linear ? multiply_2_1 : multiply_2_0)(p, b, v, to);
+        } else {
+            (linear ? multiply_1_1 : multiply_1_0)(p, b, v, to);
+        }
+    }
+}
 
 TARGET static void multiply(const struct product *p, const struct block *b, int64_t first, int64_t last, float *out)
 {
-    static const tile_function narrow[] = {tile_1_1, tile_2_1, tile_3_1, tile_4_1};
-    static const tile_function wide[] = {tile_1_2, tile_2_2, tile_3_2, tile_4_2};
-    int64_t end = smaller(last * VECTORS_PER_PANEL, divide_up(p->outputs, LANES));
-    for (int64_t v = first * VECTORS_PER_PANEL; v < end;) {
-        int64_t width = b->count == 1 && end - v >= 4 ? 4 : end - v >= 2 ? 2 : 1;
-        for (int64_t row = 0; row < b->count;) {
-            int64_t height = smaller(b->count - row, TILE_ROWS);
-            tile_function tile = width == 4 ? tile_1_4 : width == 2 ? wide[height - 1] : narrow[height - 1];
-            tile(p, b, row, v, out + v * LANES - first * PANEL);
-            row += height;
-        }
-        v += width;
-    }
+    multiply_panels(0, p, b, first, last, out);
+}
+
+TARGET static void multiply_linear(const struct product *p, const struct block *b, int64_t first, int64_t last,
+                                   float *out)
+{
+    multiply_panels(1, p, b, first, last, out);
 }

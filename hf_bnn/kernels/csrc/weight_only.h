@@ -34,8 +34,8 @@ TARGET static void multiply_floats(const uint32_t *weights, const float *prepare
             for (int64_t start = 0; start < inputs; start += 32) {
                 const uint32_t *word = weights + panel * panel_words + start / 32 * PANEL;
                 uint32_t signs[PANEL];
-                for (int lane = 0; lane < PANEL; lane++) { /* the second word of a pair is stored as first ^ second */
-                    signs[lane] = start % PAIR_BITS ? word[lane] ^ word[lane - PANEL] : word[lane];
+                for (int lane = 0; lane < PANEL; lane++) { /* words are stored as prefixes */
+                    signs[lane] = start ? word[lane] ^ word[lane - PANEL] : word[lane];
                 }
                 add_signed(sums, signs, prepared + row * inputs + start, smaller(32, inputs - start));
             }

@@ -46,13 +46,19 @@ INLINE void sum_tile(const int R, const int V, const uint32_t *weights, const fl
                      floats sums[4][8])
 {
     const int64_t count = words_of(inputs), row_floats = prepared_size(inputs);
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) sums[r][v] = (floats){0};
+    words before[8];
+    UNROLL for (int v = 0; v < V; v++) {
+        before[v] = (words){0};
+        UNROLL for (int r = 0; r < R; r++) sums[r][v] = (floats){0};
+    }
     for (int64_t word = 0; word < count; word += 2) {
         words first[8], second[8];
         UNROLL for (int v = 0; v < V; v++) {
             const uint32_t *pair = weights + (v * count + word) * PANEL;
             first[v] = LOAD(words, pair);
-            second[v] = first[v] ^ LOAD(words, pair + PANEL);
+            second[v] = LOAD(words, pair + PANEL) ^ first[v];
+            first[v] ^= before[v]; /* words are stored as prefixes */
+            before[v] = LOAD(words, pair + PANEL);
         }
         add_word(R, V, first, tables + word * GROUPS_PER_WORD * TABLE, row_floats, sums);
         add_word(R, V, second, tables + (word + 1) * GROUPS_PER_WORD * TABLE, row_floats, sums);
