@@ -1,5 +1,6 @@
 """Fast products of 1-bit weights: compiled kernels, and the same in torch where there are none."""
 
+from .attention import attention
 from .conv2d import conv2d
 from .ffn import ffn
 from .library import available, backend, using
@@ -9,6 +10,7 @@ from .weights import Conv2dWeight, LinearWeight
 __all__ = [
     "Conv2dWeight",
     "LinearWeight",
+    "attention",
     "available",
     "backend",
     "conv2d",

@@ -15,7 +15,8 @@ import torch
 
 VARIABLE = "HF_BNN_KERNEL"
 KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
-INTERFACE = 1  # of csrc/dispatch.c
+INTERFACE = 2  # of csrc/dispatch.c
+OK, OUT_OF_MEMORY, UNSURE, NOT_TAKEN = range(4)  # of csrc/hf_bnn.h
 
 # Multiply-accumulates per microsecond and thread, roughly: what decides whether threads are worth waking.
 SPEED = {"avx512": 1_600_000, "avx512bw": 900_000, "avx2": 400_000, "neon": 200_000, "scalar": 130_000}
@@ -34,6 +35,15 @@ class Conv2dShape(ctypes.Structure):
     )
 
 
+class AttentionShape(ctypes.Structure):
+    """`struct attention_shape` of csrc/hf_bnn.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "heads", "queries", "keys", "size")),
+        *((name, c_int64 * 3) for name in ("query_steps", "key_steps", "value_steps", "mask_steps")),
+    )
+
+
 _CALL = (c_int64, c_void_p, c_int64)  # instruction set, thread pool or None, threads
 _ROWS = (c_void_p, c_int64, c_int64, c_int64)  # inputs, floats from row to row, rows, inputs in a row
 _THRESHOLD = (c_void_p, c_int)  # values, whether there is one per input
@@ -46,6 +56,10 @@ _SIGNATURES = {
     "hf_bnn_linear": (c_int, (*_CALL, *_ROWS, *_THRESHOLD, *_MATRIX, c_void_p)),
     "hf_bnn_linear_weight_only": (c_int, (*_CALL, *_ROWS, *_MATRIX, c_void_p)),
     "hf_bnn_ffn": (c_int, (*_CALL, *_ROWS, *_THRESHOLD, *_MATRIX, c_float, c_float, *_MATRIX, c_void_p)),
+    "hf_bnn_attention": (
+        c_int,
+        (c_int64, c_void_p, ctypes.POINTER(AttentionShape), *(c_void_p,) * 5, c_float, c_int, c_void_p, c_void_p),
+    ),
     "hf_bnn_conv2d": (c_int, (*_CALL, ctypes.POINTER(Conv2dShape), c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
 }
 
@@ -167,7 +181,9 @@ def threads_for(work: int) -> tuple[int | None, int]:
     return (pool, threads) if pool and threads > 1 else (None, 1)
 
 
-def call(name: str, *arguments: object) -> None:
-    """Run a function of the library; tensors are given by their addresses."""
-    if getattr(library().functions, name)(*arguments):
+def call(name: str, *arguments: object) -> int:
+    """Run a function of the library; tensors are given by their addresses. Returns its status: OK or its own ones."""
+    status = getattr(library().functions, name)(*arguments)
+    if status == OUT_OF_MEMORY:
         raise MemoryError(f"{name} could not allocate its buffers: use a smaller batch")
+    return status

@@ -27,4 +27,12 @@ INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
     return signs_of_16(x, t, step) | signs_of_16(x + 16, t + 16 * step, step) << 16;
 }
 
+/* A register holds a table of 16; of an index, only the low 4 bits count. */
+INLINE floats look_up(const struct scores *s, words counts)
+{
+    __m512 coarse = _mm512_permutexvar_ps((__m512i)(counts >> 4), _mm512_loadu_ps(s->coarse));
+    __m512 fine = _mm512_permutexvar_ps((__m512i)counts, _mm512_loadu_ps(s->fine));
+    return (floats)_mm512_mul_ps(coarse, fine);
+}
+
 #include "packing.h"

@@ -11,7 +11,8 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-enum { OK = 0, OUT_OF_MEMORY = 1 };
+/* The latter two of attention only: some rows have to be computed by torch, or all. */
+enum { OK = 0, OUT_OF_MEMORY = 1, UNSURE = 2, NOT_TAKEN = 3 };
 
 /* Of torch's C interface: calls f(begin, end, context) for parts of [begin, end) on torch's threads. */
 typedef void (*range_function)(int64_t begin, int64_t end, void *context);
@@ -23,6 +24,13 @@ struct conv2d_shape {
     int64_t image_step, channel_step, row_step, pixel_step; /* of the input, in floats; channel or pixel step is 1 */
     int64_t outputs, kernel[2], stride[2], padding[2], dilation[2], groups;
     int64_t out_height, out_width;
+};
+
+/* In the order of the fields of hf_bnn/kernels/library.py, AttentionShape. Steps are in floats, from one batch, head
+ * and token to the next; 0 where a mask is the same for all. */
+struct attention_shape {
+    int64_t batch, heads, queries, keys, size;
+    int64_t query_steps[3], key_steps[3], value_steps[3], mask_steps[3];
 };
 
 /* Raised with every change of a function here: a library built from older sources is not called. */
@@ -59,6 +67,14 @@ EXPORTED int hf_bnn_conv2d(int64_t set, parallel_for pool, int64_t threads, cons
                            const float *x, const float *threshold, int per_input, const uint32_t *weights,
                            const int32_t *corners, const float *scale, const float *shift, const float *bias,
                            float *out);
+
+/* Attention of signs to (batch, queries, heads, size). `mask` may be NULL. `levels`: the thresholds of queries, keys,
+ * values, and of probabilities (without softmax: of scores), the scale of a score, and the scales of the two products
+ * that a context is the sum of. UNSURE: some bytes of `unsure`, (batch, heads, queries), are 1, and those rows are to
+ * be computed by torch. NOT_TAKEN: all are, since the levels, the size or the mask are unusual. No size is 0. */
+EXPORTED int hf_bnn_attention(int64_t set, parallel_for pool, const struct attention_shape *shape, const float *query,
+                              const float *key, const float *value, const float *mask, const float *levels,
+                              float scaling, int softmax, float *out, uint8_t *unsure);
 
 /* For benchmarks: counts differing bits in registers; returns how many it compared, 0 if the processor cannot. */
 EXPORTED int64_t hf_bnn_count_bits(int64_t rounds);
