@@ -23,6 +23,11 @@ static const float MASKED = -1000; /* of a mask: less shuts a token out, its exp
 
 enum { LARGEST_SCORE = 64, SMALLEST_EXPONENT = -20 }; /* so that no exponential, sum or product with it overflows */
 
+/* Of a row of a mask: how many tokens there are up to the last one that is not masked, and whether all of them are not. */
+struct span {
+    int32_t end, whole;
+};
+
 struct attention {
     const struct instruction_set *set;
     const struct attention_shape *shape;
@@ -34,6 +39,7 @@ struct attention {
     uint32_t *keys;        /* [head][token][word] */
     uint32_t *values;      /* [head] panels */
     uint32_t *masked;      /* [mask row][word] or NULL */
+    struct span *spans;    /* [mask row] */
     float *scale, *shift;  /* [size], [head][size] */
     float *out;
     uint8_t *unsure;
@@ -125,6 +131,30 @@ static int pack_mask_row(const struct attention *a, const float *row, uint32_t *
     return good;
 }
 
+static struct span span_of(const uint32_t *masked, int64_t tokens)
+{
+    struct span span = {(int32_t)tokens, 1};
+    while (span.end > 0 && masked[(span.end - 1) / 32] >> (span.end - 1) % 32 & 1) {
+        span.end--;
+    }
+    for (int32_t i = 0; i < span.end && span.whole; i += 32) {
+        uint32_t among = span.end - i >= 32 ? UINT32_MAX : (1u << (span.end - i)) - 1;
+        span.whole = !(masked[i / 32] & among);
+    }
+    return span;
+}
+
+/* Of rows together: whole if it is the same for all. */
+static struct span common_span(const struct span *spans, int64_t count)
+{
+    struct span span = spans[0];
+    for (int64_t i = 1; i < count; i++) {
+        span.whole &= spans[i].whole && spans[i].end == span.end;
+        span.end = spans[i].end > span.end ? spans[i].end : span.end;
+    }
+    return span;
+}
+
 static void pack_mask(int64_t begin, int64_t end, void *context)
 {
     struct attention *a = context;
@@ -139,7 +169,14 @@ static void pack_mask(int64_t begin, int64_t end, void *context)
     for (int64_t i = begin; i < end && !a->other_mask; i++) {
         const float *row = a->mask + i / rows / heads * s->mask_steps[0] + i / rows % heads * s->mask_steps[1] +
                            i % rows * s->mask_steps[2];
-        if (!pack_mask_row(a, row, a->masked + i * words, spare)) {
+        uint32_t *to = a->masked + i * words;
+        /* A mask of padding is one row, repeated. */
+        if (i > begin && i % rows && !memcmp(row, row - s->mask_steps[2], (size_t)s->keys * sizeof *row)) {
+            memcpy(to, to - words, (size_t)words * sizeof *to);
+            a->spans[i] = a->spans[i - 1];
+        } else if (pack_mask_row(a, row, to, spare)) {
+            a->spans[i] = span_of(to, s->keys);
+        } else {
             a->other_mask = 1;
         }
     }
@@ -163,6 +200,11 @@ static void attend_blocks(int64_t begin, int64_t end, void *context)
         const int64_t head = i / blocks, b = head / s->heads, h = head % s->heads;
         const int64_t first = i % blocks * BLOCK_ROWS, count = smaller(BLOCK_ROWS, s->queries - first);
         const int64_t mask_row = b * a->mask_steps[0] + h * a->mask_steps[1] + first * a->mask_steps[2];
+        if (a->masked) {
+            struct span span = common_span(a->spans + mask_row, a->mask_steps[2] ? count : 1);
+            scores.tokens = span.end;
+            scores.masks = !span.whole;
+        }
         scores.keys = a->keys + head * s->keys * scores.words;
         pack_head(a, a->query + b * s->query_steps[0] + h * s->query_steps[1] + first * s->query_steps[2],
                   s->query_steps[2], count, &a->levels[0], queries);
@@ -214,11 +256,11 @@ int hf_bnn_attention(int64_t set, parallel_for pool, const struct attention_shap
                      int softmax, float *out, uint8_t *unsure)
 {
     const struct attention_shape *s = shape;
-    const int64_t heads = s->batch * s->heads, words = words_of(s->size);
+    const int64_t heads = s->batch * s->heads, head_words = words_of(s->size);
     struct attention a = {
         .set = instruction_set(set), .shape = s, .query = query, .key = key, .value = value, .mask = mask,
         .levels = levels, .token_words = words_of(s->keys), .out = out, .unsure = unsure,
-        .scores = {.tokens = s->keys, .size = s->size, .words = words <= 4 ? words : MOST_HEAD_WORDS},
+        .scores = {.all_tokens = s->keys, .tokens = s->keys, .size = s->size, .words = head_words <= 4 ? head_words : MOST_HEAD_WORDS},
     };
     if (s->size > MOST_HEAD_SIZE || s->keys > 1 << 24 || !set_scores(&a.scores, levels, scaling, softmax)) {
         return NOT_TAKEN;
@@ -229,16 +271,17 @@ int hf_bnn_attention(int64_t set, parallel_for pool, const struct attention_shap
         mask_rows *= mask && s->mask_steps[i] ? (const int64_t[]){s->batch, s->heads, s->queries}[i] : 1;
     }
     const int64_t key_words = heads * s->keys * a.scores.words, all_values = heads * value_words(&a);
-    const int64_t floats = (heads + 1) * s->size;
-    uint32_t *memory = malloc((size_t)(key_words + all_values + mask_rows * a.token_words) * sizeof *memory +
-                              (size_t)floats * sizeof(float));
+    const int64_t words = key_words + all_values + mask_rows * a.token_words;
+    uint32_t *memory = malloc((size_t)words * sizeof *memory + (size_t)mask_rows * sizeof *a.spans +
+                              (size_t)((heads + 1) * s->size) * sizeof *a.scale);
     if (!memory) {
         return OUT_OF_MEMORY;
     }
     a.keys = memory;
     a.values = a.keys + key_words;
     a.masked = mask ? a.values + all_values : NULL;
-    a.scale = (float *)(void *)(a.values + all_values + mask_rows * a.token_words);
+    a.spans = (struct span *)(void *)(memory + words);
+    a.scale = (float *)(void *)(a.spans + mask_rows);
     a.shift = a.scale + s->size;
     for (int64_t i = 0; i < s->size; i++) {
         a.scale[i] = levels[5];

@@ -1,7 +1,9 @@
 /* Which tokens a query attends to, written once for all instruction sets. LANES queries at a time meet one token after
  * the other, so that their sums need no order between lanes. The file that includes this has included tile.h and says
  *
- *   look_up(s, counts)   s->exponentials[counts[i]], or the same from s->coarse and s->fine, in each lane
+ *   add_exponentials(sums, s, counts, masks, shut, bit)   sums + the exponentials of so many differences, in each
+ *                                                         lane; with `masks`, not where shut & bit is set
+ *   set_where(bits, counts, limits, bit)                  bits | bit where counts >= limits
  */
 
 /* In lane i < count: from[i * step]. */
@@ -14,15 +16,15 @@ INLINE words gather_words(const uint32_t *from, int64_t step, int64_t count)
     return LOAD(words, found);
 }
 
-/* The differences of all queries to the token `key` go to `counts`; what they add to the softmaxes' sums returns. */
-INLINE floats meet_token(const int W, const int softmax, const struct scores *s, const words *queries,
-                         const uint32_t *key, uint32_t *counts)
+/* The differences of all queries to the token `key` go to `counts`; their exponentials are added to `sums`. */
+INLINE floats meet_token(const int W, const int softmax, const int masks, const struct scores *s, const words *queries,
+                         const uint32_t *key, words shut, uint32_t bit, uint32_t *counts, floats sums)
 {
-    words sums = {0};
-    UNROLL for (int w = 0; w < W; w++) sums = add_counts(sums, count_bits(queries[w] ^ all_words(key[w])));
-    sums = per_word(sums);
-    STORE(counts, sums);
-    return softmax ? look_up(s, sums) : (floats){0};
+    words found = {0};
+    UNROLL for (int w = 0; w < W; w++) found = add_counts(found, count_bits(queries[w] ^ all_words(key[w])));
+    found = per_word(found);
+    STORE(counts, found);
+    return softmax ? add_exponentials(sums, s, found, masks, shut, bit) : sums;
 }
 
 /* Fills `counts`, [tokens][LANES]. Returns the sums of the softmaxes: of 32 tokens four short sums, so that a sum of
@@ -39,19 +41,14 @@ INLINE floats meet_tokens(const int W, const int softmax, const int masks, const
         const int64_t here = smaller(32, s->tokens - first);
         floats sums[4] = {{0}};
         words shut = masks ? gather_words(masked + first / 32, masked_step, count) : (words){0};
-        for (int64_t j = 0; j < here; j += 4) {
-            UNROLL for (int i = 0; i < 4; i++) {
-                if (j + i < here) {
-                    floats term = meet_token(W, softmax, s, queries, key, counts);
-                    if (masks) {
-                        term = (floats)((words)term & (words)((shut & (1u << i)) == 0));
-                    }
-                    sums[i] += term;
-                    key += W;
-                    counts += LANES;
-                }
+        int64_t j = 0;
+        for (; j + 4 <= here; j += 4, shut >>= 4) {
+            UNROLL for (int i = 0; i < 4; i++, key += W, counts += LANES) {
+                sums[i] = meet_token(W, softmax, masks, s, queries, key, shut, 1u << i, counts, sums[i]);
             }
-            shut >>= 4;
+        }
+        for (; j < here; j++, shut >>= 1, key += W, counts += LANES) {
+            sums[0] = meet_token(W, softmax, masks, s, queries, key, shut, 1, counts, sums[0]);
         }
         total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
@@ -63,11 +60,13 @@ INLINE words low_bits(const struct scores *s, const uint32_t *counts, integers l
                       int64_t masked_step, int64_t count, int64_t first)
 {
     const int64_t here = smaller(32, s->tokens - first);
-    words bits = masked && here > 0 ? gather_words(masked + first / 32, masked_step, count) : (words){0};
-    words bit = all_words(1);
-    for (int64_t j = 0; j < here; j++) {
-        bits |= (words)(LOAD(integers, counts + (first + j) * LANES) >= limits) & bit;
-        bit += bit;
+    words bits = masked && first < s->all_tokens ? gather_words(masked + first / 32, masked_step, count) : (words){0};
+    counts += first * LANES;
+    if (here == 32) { /* a case of its own: each bit is a constant */
+        UNROLL for (int j = 0; j < 16; j++) bits = set_where(bits, counts + j * LANES, limits, 1u << j);
+        UNROLL for (int j = 16; j < 32; j++) bits = set_where(bits, counts + j * LANES, limits, 1u << j);
+    } else {
+        for (int64_t j = 0; j < here; j++) bits = set_where(bits, counts + j * LANES, limits, 1u << j);
     }
     return bits;
 }
@@ -100,11 +99,11 @@ INLINE void attend_some(const int W, const struct scores *s, const uint32_t *que
         meet_tokens(W, 0, 0, s, queries, count, NULL, 0, counts);
         memset(unsure, 0, (size_t)count);
     } else {
-        floats sums = masked ? meet_tokens(W, 1, 1, s, queries, count, masked, masked_step, counts)
-                             : meet_tokens(W, 1, 0, s, queries, count, NULL, 0, counts);
+        floats sums = s->masks ? meet_tokens(W, 1, 1, s, queries, count, masked, masked_step, counts)
+                               : meet_tokens(W, 1, 0, s, queries, count, NULL, 0, counts);
         limits = find_limits(s, sums, count, unsure);
     }
-    for (int64_t first = 0; first < s->tokens; first += PAIR_BITS) {
+    for (int64_t first = 0; first < s->all_tokens; first += PAIR_BITS) {
         uint32_t pair[2][LANES];
         words bits = low_bits(s, counts, limits, masked, masked_step, count, first);
         STORE(pair[0], bits);

@@ -71,8 +71,8 @@ enum { MOST_HEAD_SIZE = 255, MOST_HEAD_WORDS = 8 };
 /* What the scores of a head's queries depend on; see attention.c. */
 struct scores {
     const uint32_t *keys; /* [tokens][words], not in pairs; there are 2, 4 or 8 words */
-    int64_t tokens, size, words;
-    int softmax;
+    int64_t all_tokens, tokens, size, words; /* all, and those up to the last one that is not masked for all queries */
+    int softmax, masks;                      /* masks: some of `tokens` are masked */
     float threshold, tolerance; /* of probabilities, the latter relative */
     int32_t limit;              /* without softmax: so many differences make a score low */
     /* exp(score) by the number of differences d; nearly the same is coarse[d / 16] * fine[d % 16] */
