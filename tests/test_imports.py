@@ -21,7 +21,7 @@ FLOORS = [
     {"levels", "products", "methods", "embeddings", "kernels"},
     {"layers"},
     {"packed", "attention"},
-    {"convert", "summary"},
+    {"convert", "summary", "fused"},
     {"training", "diagnostics", "distillation", "glue"},
     {"models", "selection", "checked_trainer"},
     {"quantizer", "trainer"},

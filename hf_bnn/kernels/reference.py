@@ -131,4 +131,4 @@ def attention(
             low = low | (mask < MASKED)
         sums = (1 - 2 * low.float()) @ values
     y = sums * scale + shift * values.sum(-2, keepdim=True)
-    return y.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return y.to(query.dtype).transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)

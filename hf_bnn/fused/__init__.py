@@ -1,0 +1,1 @@
+"""Layers of a packed model that run as one compiled operation, for inference."""
