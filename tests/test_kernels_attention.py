@@ -374,9 +374,7 @@ def test_the_op_passes_opcheck(backend: str, softmax: bool):
 @every_backend
 def test_wrong_shapes_are_named(backend: str):
     case = usual_case(9)
-    with pytest.raises(
-        ValueError, match=r"queries \(1, 4, 9, 64\), keys \(1, 3, 9, 64\) and values \(1, 4, 9,"
-    ):
+    with pytest.raises(ValueError, match=r"queries \(1, 4, 9, 64\), keys \(1, 3, 9, 64\) and values \(1, 4, 9,"):
         case._replace(key=case.key[:, :3]).run()
     with pytest.raises(ValueError, match=r"expected \(batch, heads, tokens, size\), with as many values as keys"):
         case._replace(value=case.value[:, :, 1:]).run()

@@ -46,9 +46,10 @@ class _Fused:
 
     def kept_levels(self) -> Tensor:
         """`make_levels`, called when first asked for, and anew when a parameter has changed."""
-        binary = (self.scores, self.context)
-        levels = [levels for product in binary for levels in (product.left_levels, product.right_levels)]
-        parameters = [parameter for one in levels for parameter in one._parameters.values()]
+        parameters = []
+        for product in ("scores", "context"):
+            levels = self._modules[product]._modules  # several times faster than their attributes
+            parameters += (*levels["left_levels"]._parameters.values(), *levels["right_levels"]._parameters.values())
         # An inference tensor has no version; what it holds changes only where it is replaced.
         state = [(id(p), p.data_ptr(), p.is_inference() or p._version) for p in parameters]
         if self._levels is None or self._levels[0] != state:

@@ -8,6 +8,7 @@ from .library import NOT_TAKEN, OK, AttentionShape, call, instruction_set, threa
 from .operands import define_op
 
 LEVELS = 7
+NO_STEPS = (0, 0, 0)
 FEW = 8  # of so many rows one may be left to torch; of more, torch computes all at once
 WORK = 256  # a score takes, beside its products, as long as so many multiply-accumulates
 
@@ -46,12 +47,14 @@ def _attention(
     check_attention(query, key, value, levels)
     (batch, heads, n, size), tokens = query.shape, key.shape[2]
     chosen = instruction_set()
-    if chosen is None or not _are_floats(query, key, value, levels, mask) or not batch * heads * n * tokens * size:
+    floats = query.dtype == key.dtype == value.dtype == levels.dtype == torch.float32
+    floats = floats and (mask is None or mask.dtype == torch.float32)
+    if chosen is None or not floats or not batch * heads * n * tokens * size:
         return reference.attention(query, key, value, levels, scaling, mask, softmax)
     query, key, value = _with_rows(query), _with_rows(key), _with_rows(value)
-    steps = (query.stride()[:3], key.stride()[:3], value.stride()[:3])
     rows = None if mask is None else _with_rows(mask.expand(batch, heads, n, tokens))
-    shape = AttentionShape(batch, heads, n, tokens, size, *steps, (0, 0, 0) if rows is None else rows.stride()[:3])
+    steps = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    shape = AttentionShape(batch, heads, n, tokens, size, *steps, *(NO_STEPS if rows is None else rows.stride()[:3]))
     levels = levels.contiguous()
     context = torch.empty((batch, n, heads, size))
     unsure = torch.empty((batch, heads, n), dtype=torch.bool)
@@ -79,10 +82,6 @@ def _attention(
 def _fake_attention(query: Tensor, *others: object, **named: object) -> Tensor:
     batch, heads, n, size = query.shape
     return query.new_empty((batch, n, heads, size)).transpose(1, 2)
-
-
-def _are_floats(*tensors: Tensor | None) -> bool:
-    return all(x is None or x.dtype == torch.float32 for x in tensors)
 
 
 def _with_rows(x: Tensor) -> Tensor:

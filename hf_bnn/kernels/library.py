@@ -36,11 +36,11 @@ class Conv2dShape(ctypes.Structure):
 
 
 class AttentionShape(ctypes.Structure):
-    """`struct attention_shape` of csrc/hf_bnn.h."""
+    """`struct attention_shape` of csrc/hf_bnn.h. Without its arrays: they would take longer to fill."""
 
     _fields_ = (
         *((name, c_int64) for name in ("batch", "heads", "queries", "keys", "size")),
-        *((name, c_int64 * 3) for name in ("query_steps", "key_steps", "value_steps", "mask_steps")),
+        *((f"{name}_step_{i}", c_int64) for name in ("query", "key", "value", "mask") for i in range(3)),
     )
 
 
