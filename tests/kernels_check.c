@@ -246,7 +246,12 @@ static void check_attention(int set, parallel_for pool, int softmax)
     }
     const float levels[] = {0.5f, 0, -0.5f, softmax ? 1.1f / (float)s.keys : 0.1f, 0.7f, 1, 1};
     const float scaling = 0.125f, *given = mask_kind < 3 ? mask : NULL;
-    int64_t sure = 0;
+    float *all_scores = array(rows * s.keys, sizeof *all_scores), *again = array(rows * s.size, sizeof *again);
+    int64_t *indices = array(rows, sizeof *indices), sure = 0;
+    for (int64_t i = 0; i < rows; i++) {
+        indices[i] = i;
+    }
+    failures += hf_bnn_attention_scores(set, &s, q, k, given, levels, scaling, indices, rows, all_scores);
     int status = hf_bnn_attention(set, pool, &s, q, k, v, given, levels, scaling, softmax, out, unsure);
     failures += status != OK && status != UNSURE;
     for (int64_t row = 0; row < rows; row++) {
@@ -263,6 +268,13 @@ static void check_attention(int set, parallel_for pool, int softmax)
             scores[j] = dot * levels[4] * scaling;
             sum += given && shut[j] < 0 ? 0 : exp(scores[j]);
         }
+        for (int64_t j = 0; j < s.keys; j++) {
+            float *score = all_scores + row * s.keys + j;
+            const int masked = given && shut[j] < 0;
+            expect(set, "scores", row * s.keys + j, masked ? *score < -1e38f : *score, masked ? 1 : scores[j], 1e-5);
+            *score = (float)attends(scores[j], masked, softmax ? sum : 0, levels[3]) * levels[3];
+        }
+        failures += hf_bnn_attention_context(set, &s, v, levels, all_scores + row * s.keys, indices + row, 1, again);
         sure += !unsure[row];
         for (int64_t n = 0; n < s.size && !unsure[row]; n++) {
             double expected = 0; /* levels 0 and 2 */
@@ -270,12 +282,14 @@ static void check_attention(int set, parallel_for pool, int softmax)
                 int bit = attends(scores[j], given && shut[j] < 0, softmax ? sum : 0, levels[3]);
                 expected += 2 * bit * (v[head + j * step + n] < levels[2] ? -1 : 1);
             }
-            expect(set, softmax ? "attention" : "boolean attention", row * s.size + n,
-                   out[((b * s.queries + i) * s.heads + h) * s.size + n], expected, 0);
+            const int64_t at = ((b * s.queries + i) * s.heads + h) * s.size + n;
+            expect(set, softmax ? "attention" : "boolean attention", row * s.size + n, out[at], expected, 0);
+            expect(set, "context", row * s.size + n, again[at], expected, 0);
         }
     }
     failures += mask_kind == 3 && sure * 2 < rows; /* most rows are clear */
-    free(q), free(k), free(v), free(mask), free(out), free(unsure);
+    free(q), free(k), free(v), free(mask), free(out), free(unsure), free(all_scores), free(again);
+    free(indices);
 }
 
 int main(void)

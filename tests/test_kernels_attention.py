@@ -14,6 +14,7 @@ from hf_bnn.fused.attention import fuse_attention
 from hf_bnn.kernels import library, reference
 
 KINDS = {True: BinaryAttention, False: BooleanAttention}
+REFERENCE = reference.attention
 TOKENS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130)
 SIZES = (1, 7, 16, 31, 32, 33, 64, 65, 96, 128, 130, 255)
 LOWEST = torch.finfo(torch.float32).min
@@ -45,7 +46,7 @@ class Case(NamedTuple):
         return kernels.attention(*self)
 
     def expected(self) -> Tensor:
-        return reference.attention(*self)
+        return REFERENCE(*self)
 
     def probabilities(self) -> Tensor:
         query, key = (torch.where(x < t, -1.0, 1.0) for x, t in zip(self[:2], self.levels[:2], strict=True))
@@ -59,16 +60,22 @@ class Case(NamedTuple):
 
 
 @pytest.fixture
-def left_to_torch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the queries that the op has had torch attend for."""
-    shapes, run = [], reference.attention
+def left_to_torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For each call in which torch had to decide: in how many rows; -1 if it had to do all the work."""
+    rows, call, module = [], library.call, kernels.attention.__globals__
 
-    def spy(query: Tensor, *others: object) -> Tensor:
-        shapes.append(tuple(query.shape))
-        return run(query, *others)
+    def counting(name: str, *arguments: object) -> int:
+        if name == "hf_bnn_attention_scores":
+            rows.append(arguments[-2])
+        return call(name, *arguments)
 
-    monkeypatch.setattr(kernels.attention.__globals__["reference"], "attention", spy)
-    return shapes
+    def whole(*case: object) -> Tensor:
+        rows.append(-1)
+        return REFERENCE(*case)
+
+    monkeypatch.setitem(module, "call", counting)
+    monkeypatch.setattr(module["reference"], "attention", whole)
+    return rows
 
 
 def laid_out(kind: str, batch: int, heads: int, tokens: int, size: int) -> Tensor:
@@ -176,11 +183,12 @@ def test_one_flipped_sign_of_a_key_changes_its_head(backend: str):
 
 @every_kind
 @every_compiled_backend
-def test_usual_inputs_are_not_left_to_torch(backend: str, softmax: bool, left_to_torch: list):
+def test_usual_inputs_are_not_left_to_torch(backend: str, softmax: bool, left_to_torch: list[int]):
     masks = (None, *(mask_of(kind, 1, 4, 128, 128) for kind in MASKS if kind not in ("none", "bias", "nearly all")))
     for mask in masks:
         usual_case(softmax=softmax)._replace(mask=mask).run()
-    assert len([shape for shape in left_to_torch if shape[2] > 1]) == 0
+    assert -1 not in left_to_torch
+    assert sum(left_to_torch) <= 20  # of some 6000
 
 
 @pytest.mark.slow
@@ -195,7 +203,9 @@ def test_long_sequences_are_right(backend: str):
 
 @every_compiled_backend
 @pytest.mark.parametrize("tokens", [20, 128, 500])
-def test_a_threshold_that_is_a_probability_is_decided_as_torch_does(backend: str, tokens: int, left_to_torch: list):
+def test_a_threshold_that_is_a_probability_is_decided_as_torch_does(
+    backend: str, tokens: int, left_to_torch: list[int]
+):
     case = usual_case(tokens, heads=2)
     probability = case.probabilities()[0, 1, 3, 5]
     found = {}
@@ -203,19 +213,29 @@ def test_a_threshold_that_is_a_probability_is_decided_as_torch_does(backend: str
         level = probability if other is None else torch.nextafter(probability, torch.tensor(other))
         found[name] = case.with_level(level).run()
         assert torch.equal(found[name], case.with_level(level).expected())
-    rows = [shape for shape in left_to_torch if shape[1:3] == (1, 1)]
-    assert len(rows) == 3
+    assert len(left_to_torch) == 3
+    assert min(left_to_torch) > 0
     assert found["below"].equal(found["at"])
     assert not found["above"].equal(found["at"])
 
 
 @every_compiled_backend
 @pytest.mark.parametrize("tokens", [1, 3, 7, 50, 128])
-def test_equal_scores_at_the_threshold_are_left_to_torch(backend: str, tokens: int, left_to_torch: list):
+def test_equal_scores_at_the_threshold_are_left_to_torch(backend: str, tokens: int, left_to_torch: list[int]):
     case = usual_case(tokens)
     case = case._replace(key=case.key[:, :, :1].expand_as(case.key)).with_level(torch.tensor(1 / tokens))
     assert torch.equal(case.run(), case.expected())
-    assert tuple(case.query.shape) in left_to_torch
+    assert left_to_torch == [case.query[..., 0].numel()]
+
+
+@every_compiled_backend
+def test_numbers_that_the_kernel_does_not_take_are_left_to_torch(backend: str, left_to_torch: list[int]):
+    case = usual_case(20)
+    case._replace(mask=torch.randn(20, 20)[None, None]).run()
+    case._replace(scaling=-1.0).run()
+    case.with_level(torch.tensor(0.0)).run()
+    usual_case(20, size=256).run()
+    assert left_to_torch == [-1] * 4
 
 
 @every_compiled_backend

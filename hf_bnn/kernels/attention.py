@@ -4,12 +4,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .library import NOT_TAKEN, OK, AttentionShape, call, instruction_set, threads_for
+from .library import NOT_TAKEN, UNSURE, AttentionShape, call, instruction_set, threads_for
 from .operands import define_op
 
 LEVELS = 7
-NO_STEPS = (0, 0, 0)
-FEW = 8  # of so many rows one may be left to torch; of more, torch computes all at once
 WORK = 256  # a score takes, beside its products, as long as so many multiply-accumulates
 
 
@@ -51,32 +49,28 @@ def _attention(
     floats = floats and (mask is None or mask.dtype == torch.float32)
     if chosen is None or not floats or not batch * heads * n * tokens * size:
         return reference.attention(query, key, value, levels, scaling, mask, softmax)
-    query, key, value = _with_rows(query), _with_rows(key), _with_rows(value)
-    rows = None if mask is None else _with_rows(mask.expand(batch, heads, n, tokens))
+    query, key, value, levels = _with_rows(query), _with_rows(key), _with_rows(value), levels.contiguous()
     steps = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
-    shape = AttentionShape(batch, heads, n, tokens, size, *steps, *(NO_STEPS if rows is None else rows.stride()[:3]))
-    levels = levels.contiguous()
+    q, k, v, numbers = query.data_ptr(), key.data_ptr(), value.data_ptr(), levels.data_ptr()
+    added, mask_steps = None, (0, 0, 0)
+    if mask is not None:
+        rows = _with_rows(mask.expand(batch, heads, n, tokens))
+        added, mask_steps = rows.data_ptr(), rows.stride()[:3]
+    shape = AttentionShape(batch, heads, n, tokens, size, *steps, *mask_steps)
     context = torch.empty((batch, n, heads, size))
     unsure = torch.empty((batch, heads, n), dtype=torch.bool)
-    status = call(
-        "hf_bnn_attention",
-        chosen,
-        threads_for(batch * heads * n * tokens * (2 * size + WORK))[0],
-        shape,
-        *(query.data_ptr(), key.data_ptr(), value.data_ptr(), None if rows is None else rows.data_ptr()),
-        *(levels.data_ptr(), scaling, softmax, context.data_ptr(), unsure.data_ptr()),
-    )
-    context = context.transpose(1, 2)
-    if status == OK:
-        return context
-    found = None if status == NOT_TAKEN else unsure.nonzero(as_tuple=True)
-    if found is None or len(found[0]) * FEW > unsure.numel():
+    pool, _ = threads_for(batch * heads * n * tokens * (2 * size + WORK))
+    results = (context.data_ptr(), unsure.data_ptr())
+    status = call("hf_bnn_attention", chosen, pool, shape, q, k, v, added, numbers, scaling, softmax, *results)
+    if status == NOT_TAKEN:
         return reference.attention(query, key, value, levels, scaling, mask, softmax)
-    heads_of = found[:2]
-    single = (query[found][:, None, None], key[heads_of][:, None], value[heads_of][:, None])
-    mask = None if rows is None else rows[found][:, None, None]
-    context[found] = reference.attention(*single, levels, scaling, mask, softmax)[:, 0, 0]
-    return context
+    if status == UNSURE:  # too close to the threshold: in these rows the roundings of torch's own softmax decide
+        found = unsure.view(-1).nonzero()
+        which, scores = (found.data_ptr(), len(found)), torch.empty((len(found), tokens))
+        call("hf_bnn_attention_scores", chosen, shape, q, k, added, numbers, scaling, *which, scores.data_ptr())
+        weights = scores.softmax(-1)
+        call("hf_bnn_attention_context", chosen, shape, v, numbers, weights.data_ptr(), *which, context.data_ptr())
+    return context.transpose(1, 2)
 
 
 def _fake_attention(query: Tensor, *others: object, **named: object) -> Tensor:

@@ -60,6 +60,14 @@ _SIGNATURES = {
         c_int,
         (c_int64, c_void_p, ctypes.POINTER(AttentionShape), *(c_void_p,) * 5, c_float, c_int, c_void_p, c_void_p),
     ),
+    "hf_bnn_attention_scores": (
+        c_int,
+        (c_int64, ctypes.POINTER(AttentionShape), *(c_void_p,) * 4, c_float, c_void_p, c_int64, c_void_p),
+    ),
+    "hf_bnn_attention_context": (
+        c_int,
+        (c_int64, ctypes.POINTER(AttentionShape), *(c_void_p,) * 4, c_int64, c_void_p),
+    ),
     "hf_bnn_conv2d": (c_int, (*_CALL, ctypes.POINTER(Conv2dShape), c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
 }
 

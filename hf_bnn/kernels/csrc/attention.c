@@ -48,6 +48,8 @@ struct attention {
 
 static int64_t value_words(const struct attention *a) { return divide_up(a->shape->size, PANEL) * PANEL * a->token_words; }
 
+static int64_t head_words(int64_t size) { return words_of(size) <= 4 ? words_of(size) : MOST_HEAD_WORDS; }
+
 static void separate_pairs(uint32_t *words, int64_t count)
 {
     for (int64_t i = 0; i < count; i += 2) {
@@ -68,50 +70,62 @@ static void pack_head(const struct attention *a, const float *x, int64_t step, i
 }
 
 /* `block` of rows of token bits times the values of a head. */
-static void sum_values(const struct attention *a, int64_t head, const struct block *block, const float *scale,
-                       int64_t out_step, float *out)
+static void sum_values(const struct attention *a, const uint32_t *panels, const struct block *block,
+                       const float *scale, int64_t out_step, float *out)
 {
     const int64_t run = 0;
-    struct product product = {
-        a->values + head * value_words(a), a->shape->keys, a->shape->size, &run, 1, a->token_words, scale, out_step};
+    struct product product = {panels, a->shape->keys, a->shape->size, &run, 1, a->token_words, scale, out_step};
     a->set->multiply(&product, block, 0, divide_up(a->shape->size, PANEL), out);
+}
+
+/* Memory that pack_values needs, in words. */
+static int64_t spare_words(const struct attention *a)
+{
+    return (a->shape->size + 1) * a->token_words + 2 * a->shape->size;
+}
+
+/* The panels of a head's values, and what a query with no low probability gets: their sums times a scale. */
+static void pack_values(const struct attention *a, int64_t head, uint32_t *spare, uint32_t *panels, float *shift)
+{
+    const struct attention_shape *s = a->shape;
+    const int64_t words = a->token_words, size = s->size, b = head / s->heads, h = head % s->heads;
+    uint32_t *columns = spare, *zeros = columns + size * words;
+    float *scale = (float *)(void *)(zeros + words), *offset = scale + size;
+    a->set->pack_planes(a->value + b * s->value_steps[0] + h * s->value_steps[1], s->value_steps[2], size, s->keys,
+                        (struct threshold){&a->levels[2], 0}, columns, words);
+    memset(panels, 0, (size_t)value_words(a) * sizeof *panels);
+    for (int64_t n = 0; n < size; n++) {
+        for (int64_t w = 0; w < words; w++) {
+            panels[(n / PANEL * words + w) * PANEL + n % PANEL] = columns[n * words + w];
+        }
+        scale[n] = a->levels[6];
+        offset[n] = -0.0f;
+    }
+    memset(zeros, 0, (size_t)words * sizeof *zeros);
+    struct block block = {.count = 1, .rows = {zeros}, .offsets = {offset}};
+    sum_values(a, panels, &block, scale, size, shift);
+}
+
+static void pack_keys(const struct attention *a, int64_t head, uint32_t *keys)
+{
+    const struct attention_shape *s = a->shape;
+    pack_head(a, a->key + head / s->heads * s->key_steps[0] + head % s->heads * s->key_steps[1], s->key_steps[2],
+              s->keys, &a->levels[1], keys);
 }
 
 static void pack_keys_and_values(int64_t begin, int64_t end, void *context)
 {
     struct attention *a = context;
-    const struct attention_shape *s = a->shape;
-    const int64_t words = a->token_words, size = s->size;
-    uint32_t *columns = malloc((size_t)((size + 1) * words) * sizeof *columns);
-    float *constants = malloc((size_t)(2 * size) * sizeof *constants);
-    if (!columns || !constants) {
+    uint32_t *spare = malloc((size_t)spare_words(a) * sizeof *spare);
+    if (!spare) {
         a->failed = 1;
-        end = begin;
+        return;
     }
     for (int64_t head = begin; head < end; head++) {
-        const int64_t b = head / s->heads, h = head % s->heads;
-        pack_head(a, a->key + b * s->key_steps[0] + h * s->key_steps[1], s->key_steps[2], s->keys, &a->levels[1],
-                  a->keys + head * s->keys * a->scores.words);
-        a->set->pack_planes(a->value + b * s->value_steps[0] + h * s->value_steps[1], s->value_steps[2], size, s->keys,
-                            (struct threshold){&a->levels[2], 0}, columns, words);
-        uint32_t *panels = a->values + head * value_words(a);
-        memset(panels, 0, (size_t)value_words(a) * sizeof *panels);
-        for (int64_t n = 0; n < size; n++) {
-            for (int64_t w = 0; w < words; w++) {
-                panels[(n / PANEL * words + w) * PANEL + n % PANEL] = columns[n * words + w];
-            }
-        }
-        /* The sums of all values: those that a query with no low probability gets. */
-        struct block block = {.count = 1, .rows = {columns + size * words}, .offsets = {constants + size}};
-        memset(columns + size * words, 0, (size_t)words * sizeof *columns);
-        for (int64_t n = 0; n < size; n++) {
-            constants[n] = a->levels[6];
-            constants[size + n] = -0.0f;
-        }
-        sum_values(a, head, &block, constants, size, a->shift + head * size);
+        pack_keys(a, head, a->keys + head * a->shape->keys * a->scores.words);
+        pack_values(a, head, spare, a->values + head * value_words(a), a->shift + head * a->shape->size);
     }
-    free(columns);
-    free(constants);
+    free(spare);
 }
 
 /* Whether each of a row's numbers is 0 or shuts its token out; the bits of the latter. */
@@ -215,7 +229,8 @@ static void attend_blocks(int64_t begin, int64_t end, void *context)
             block.rows[row] = bits + row * words;
             block.offsets[row] = a->shift + head * s->size;
         }
-        sum_values(a, head, &block, a->scale, line, a->out + (b * s->queries + first) * line + h * s->size);
+        sum_values(a, a->values + head * value_words(a), &block, a->scale, line,
+                   a->out + (b * s->queries + first) * line + h * s->size);
     }
     free(queries);
 }
@@ -256,11 +271,19 @@ int hf_bnn_attention(int64_t set, parallel_for pool, const struct attention_shap
                      int softmax, float *out, uint8_t *unsure)
 {
     const struct attention_shape *s = shape;
-    const int64_t heads = s->batch * s->heads, head_words = words_of(s->size);
+    const int64_t heads = s->batch * s->heads;
     struct attention a = {
-        .set = instruction_set(set), .shape = s, .query = query, .key = key, .value = value, .mask = mask,
-        .levels = levels, .token_words = words_of(s->keys), .out = out, .unsure = unsure,
-        .scores = {.all_tokens = s->keys, .tokens = s->keys, .size = s->size, .words = head_words <= 4 ? head_words : MOST_HEAD_WORDS},
+        .set = instruction_set(set),
+        .shape = s,
+        .query = query,
+        .key = key,
+        .value = value,
+        .mask = mask,
+        .levels = levels,
+        .token_words = words_of(s->keys),
+        .scores = {.all_tokens = s->keys, .tokens = s->keys, .size = s->size, .words = head_words(s->size)},
+        .out = out,
+        .unsure = unsure,
     };
     if (s->size > MOST_HEAD_SIZE || s->keys > 1 << 24 || !set_scores(&a.scores, levels, scaling, softmax)) {
         return NOT_TAKEN;
@@ -298,4 +321,70 @@ int hf_bnn_attention(int64_t set, parallel_for pool, const struct attention_shap
         return a.failed ? OUT_OF_MEMORY : NOT_TAKEN;
     }
     return memchr(unsure, 1, (size_t)(heads * s->queries)) ? UNSURE : OK;
+}
+
+int hf_bnn_attention_scores(int64_t set, const struct attention_shape *shape, const float *query, const float *key,
+                            const float *mask, const float *levels, float scaling, const int64_t *rows, int64_t count,
+                            float *out)
+{
+    const struct attention_shape *s = shape;
+    struct attention a = {.set = instruction_set(set), .shape = s, .key = key, .levels = levels};
+    const int64_t words = a.scores.words = head_words(s->size);
+    uint32_t *bits = malloc((size_t)((s->keys + 1) * words) * sizeof *bits), *keys = bits + words;
+    if (!bits) {
+        return OUT_OF_MEMORY;
+    }
+    int64_t packed = -1;
+    for (int64_t row = 0; row < count; row++) {
+        const int64_t head = rows[row] / s->queries, i = rows[row] % s->queries;
+        const int64_t b = head / s->heads, h = head % s->heads;
+        const float *from = query + b * s->query_steps[0] + h * s->query_steps[1] + i * s->query_steps[2];
+        const int64_t masked = b * s->mask_steps[0] + h * s->mask_steps[1] + i * s->mask_steps[2];
+        if (head != packed) {
+            pack_keys(&a, head, keys);
+            packed = head;
+        }
+        pack_head(&a, from, s->query_steps[2], 1, &levels[0], bits);
+        for (int64_t j = 0; j < s->keys; j++) {
+            int64_t differences = 0;
+            for (int64_t w = 0; w < words; w++) {
+                differences += __builtin_popcount(bits[w] ^ keys[j * words + w]);
+            }
+            const float score = (float)(s->size - 2 * differences) * levels[4] * scaling;
+            out[row * s->keys + j] = mask ? score + mask[masked + j] : score;
+        }
+    }
+    free(bits);
+    return OK;
+}
+
+int hf_bnn_attention_context(int64_t set, const struct attention_shape *shape, const float *value, const float *levels,
+                             const float *weights, const int64_t *rows, int64_t count, float *out)
+{
+    const struct attention_shape *s = shape;
+    struct attention a = {.set = instruction_set(set), .shape = s, .value = value, .levels = levels};
+    const int64_t words = a.token_words = words_of(s->keys), size = s->size;
+    uint32_t *bits = malloc((size_t)(words + value_words(&a) + spare_words(&a) + 2 * size) * sizeof *bits);
+    if (!bits) {
+        return OUT_OF_MEMORY;
+    }
+    uint32_t *panels = bits + words, *spare = panels + value_words(&a);
+    float *scale = (float *)(void *)(spare + spare_words(&a)), *shift = scale + size;
+    for (int64_t n = 0; n < size; n++) {
+        scale[n] = levels[5];
+    }
+    int64_t packed = -1;
+    for (int64_t row = 0; row < count; row++) {
+        const int64_t head = rows[row] / s->queries, i = rows[row] % s->queries;
+        if (head != packed) {
+            pack_values(&a, head, spare, panels, shift);
+            packed = head;
+        }
+        a.set->pack_rows(weights + row * s->keys, 0, 1, s->keys, (struct threshold){&levels[3], 0}, bits, words);
+        struct block block = {.count = 1, .rows = {bits}, .offsets = {shift}};
+        float *to = out + ((head / s->heads * s->queries + i) * s->heads + head % s->heads) * size;
+        sum_values(&a, panels, &block, scale, size, to);
+    }
+    free(bits);
+    return OK;
 }
