@@ -12,7 +12,7 @@
  *            score - largest score, of both              |log threshold| + 16
  *            1 / sum, and the product with it            2
  *     here:  sum (attention.h)                           n / 32 + 10
- *            table, product of `coarse` and `fine`       4, and 2 b: their scores are not rounded
+ *            table, `coarse`, `fine`, both limits        6, and 2 b: the latter two's scores are not rounded
  */
 #include <math.h>
 #include <stdlib.h>
@@ -260,7 +260,7 @@ static int set_scores(struct scores *s, const float *levels, float scaling, int 
         s->coarse[i] = 16 * i <= s->size ? (float)exp(slope * (double)(s->size - 32 * i)) : 0;
         s->fine[i] = (float)exp(-2 * slope * (double)i);
     }
-    const double roundings = (double)s->tokens * (1.0 / 4 + 1.0 / 32) + 2 * largest + fabs(log(threshold)) + 128;
+    const double roundings = (double)s->tokens * (1.0 / 4 + 1.0 / 32) + 2 * largest + fabs(log(threshold)) + 130;
     s->threshold = threshold;
     s->tolerance = (float)ldexp(roundings, -24);
     return 1;
