@@ -2,12 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import exact_matmul, sign
+from .kernels.reference import MASKED
 from .layers import BinaryLayer
-from .levels import ElasticLevels, SignedLevels
+from .levels import BooleanLevels, ElasticLevels, SignedLevels
 
 if TYPE_CHECKING:
     from .methods.base import Method, Part, Site
@@ -87,10 +89,56 @@ class BinaryAttention(nn.Module):
         mask: Tensor | None = None,
         scaling: float = 1.0,
         dropout: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
+        need_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Whoever sets `need_weights` to False must not count on the probabilities."""
         scores = self.scores(query, key.transpose(-1, -2)) * scaling
         if mask is not None:
             scores = scores + mask
         probabilities = scores.softmax(-1)
         kept = F.dropout(probabilities, dropout, self.training)
         return self.context(kept, value), probabilities
+
+
+class BooleanAttention(BinaryAttention):
+    """bool(q k^T - b) v: no softmax, a query attends to a token or not (BiBERT, arXiv 2203.06390, section 3.3).
+
+    As BinaryAttention, with attention weights on {0, a} by the scaled score and a learned threshold b. BiBERT has a = 1
+    and b = 0; here a begins, once fitted, as one over the number of attended tokens, so that contexts are in the order
+    of size of a softmax's. A masked token, one with a mask below -1000, has weight 0 and gets no gradient. Returns the
+    weights in place of the probabilities.
+
+    >>> import torch
+    >>> attention = BooleanAttention().eval().requires_grad_(False)
+    >>> attention(*torch.randn(3, 1, 2, 5, 8).unbind(), scaling=8**-0.5)[1].unique()
+    tensor([0.0000, 0.1000])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = BinaryMatmul(BooleanLevels(), ElasticLevels())
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        need_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        levels = self.context.left_levels
+        scores = self.scores(query, key.transpose(-1, -2)) * scaling
+        # Far enough below the threshold for any surrogate gradient, and no mask's -inf or 1e38, which methods would
+        # meet in their statistics. It moves with the threshold, so that neither learns from the other.
+        low = (levels.threshold() - 2).to(scores.dtype)
+        if mask is not None:
+            scores = torch.where(mask < MASKED, low, scores + mask)
+        if dropout and self.training:
+            scores = torch.where(torch.rand_like(scores) < dropout, low, scores)
+        context = self.context(scores, value)
+        if not need_weights:
+            return context, None
+        scale, shift = levels.affine()
+        return context, torch.where(scores.float() < levels.threshold(), shift - scale, shift + scale).to(scores.dtype)

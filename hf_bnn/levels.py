@@ -173,3 +173,38 @@ class ElasticLevels(LearnedLevels):
 
     def extra_repr(self) -> str:
         return f"signed={self.signed}"
+
+
+class BooleanLevels(ElasticLevels):
+    """{0, a} around a learned b: of attention scores, whose size says nothing of a (bool(A), BiBERT, arXiv 2203.06390).
+
+    A score is compared as it is: within 1 of b, the straight-through estimator sees it. BiBERT has a = 1 and b = 0.
+
+    >>> BooleanLevels().normalize(torch.tensor([-0.3, 0.2]))
+    tensor([-0.3000,  0.2000], grad_fn=<SubBackward0>)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(signed=False, width=0.1)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """The width with which a row of `x` adds up to 1 in the mean, as it would after a softmax. b stays.
+
+        Only if they are fresh: levels that were fitted or loaded stay.
+        """
+        if not self.fresh or x.numel() == 0:
+            return
+        attended = (x >= self.offset).sum(-1).float().mean()
+        if attended > 0:
+            self.width.fill_(1 / attended)
+        self.fresh = False
+
+    def threshold(self) -> Tensor:
+        return self.offset
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return x - self.offset
+
+    def extra_repr(self) -> str:
+        return ""

@@ -87,7 +87,7 @@ class ModelArguments:
     binarize: Literal["both", "weights", "activations", "none"] | None = field(
         default=None, metadata={"help": "What becomes binary. none: train the float model. Default: both."}
     )
-    attention: Literal["float", "binary"] | None = field(
+    attention: Literal["float", "binary", "boolean"] | None = field(
         default=None, metadata={"help": "The two attention products of a ViT. Default: float."}
     )
     levels: str | None = field(default=None, metadata={"help": "The values of binary inputs: elastic, signed, ..."})

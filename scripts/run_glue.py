@@ -128,7 +128,7 @@ class ModelArguments:
     binarize: Literal["both", "weights", "activations", "none"] | None = field(
         default=None, metadata={"help": "What becomes binary. none: train the float model. Default: both."}
     )
-    attention: Literal["float", "binary"] | None = field(
+    attention: Literal["float", "binary", "boolean"] | None = field(
         default=None, metadata={"help": "The two attention products. Default: float."}
     )
     embeddings: Literal["float", "int8", "binary"] | None = field(

@@ -236,6 +236,92 @@ static void check_convolution(int set, parallel_for pool, int last)
     free(x), free(w), free(ones), free(bias), free(y), free(panels), free(corners);
 }
 
+/* Copies of `count` rows, `step` apart, in an array that ends where the last row does. */
+static float *rows_apart(int64_t count, int64_t size, int64_t step)
+{
+    float *x = numbers((count - 1) * step + size);
+    for (int64_t i = 0; i < (count - 1) * step + size; i++) {
+        x[i] = below(30) ? (float)(below(9) - 4) : x[i];
+    }
+    return x;
+}
+
+/* The bit of a token: 1 where a query attends to it. `sum` is 0 without softmax. */
+static int attends(double score, int masked, double sum, float threshold)
+{
+    return !masked && (sum > 0 ? exp(score) / sum >= threshold : score >= threshold);
+}
+
+static void check_attention(int set, parallel_for pool, int softmax)
+{
+    struct attention_shape s = {.batch = 1 + below(2), .heads = 1 + below(3), .queries = 1 + below(70)};
+    s.keys = 1 + below(140), s.size = 1 + below(255);
+    const int64_t step = s.heads * s.size + below(3), mask_kind = below(4), rows = s.heads * s.queries * s.batch;
+    for (int i = 0; i < 3; i++) {
+        s.query_steps[i] = (const int64_t[]){s.queries * step, s.size, step}[i];
+        s.key_steps[i] = s.value_steps[i] = (const int64_t[]){s.keys * step, s.size, step}[i];
+        s.mask_steps[i] = (const int64_t[]){s.heads * s.queries * s.keys, s.queries * s.keys, s.keys}[i];
+    }
+    if (mask_kind < 2) { /* one for all queries, one for all */
+        s.mask_steps[0] = mask_kind ? 0 : s.keys;
+        s.mask_steps[1] = s.mask_steps[2] = 0;
+    }
+    float *q = rows_apart(s.batch * s.queries, s.heads * s.size, step);
+    float *k = rows_apart(s.batch * s.keys, s.heads * s.size, step);
+    float *v = rows_apart(s.batch * s.keys, s.heads * s.size, step);
+    float *mask = array(rows * s.keys, sizeof *mask), *out = array(rows * s.size, sizeof *out);
+    uint8_t *unsure = array(rows, sizeof *unsure);
+    for (int64_t i = 0; i < rows * s.keys; i++) {
+        mask[i] = below(3) ? 0 : below(2) ? -3.4e38f : -INFINITY;
+    }
+    const float levels[] = {0.5f, 0, -0.5f, softmax ? 1.1f / (float)s.keys : 0.1f, 0.7f, 1, 1};
+    const float scaling = 0.125f, *given = mask_kind < 3 ? mask : NULL;
+    float *all_scores = array(rows * s.keys, sizeof *all_scores), *again = array(rows * s.size, sizeof *again);
+    int64_t *indices = array(rows, sizeof *indices), sure = 0;
+    for (int64_t i = 0; i < rows; i++) {
+        indices[i] = i;
+    }
+    failures += hf_bnn_attention_scores(set, &s, q, k, given, levels, scaling, indices, rows, all_scores);
+    int status = hf_bnn_attention(set, pool, &s, q, k, v, given, levels, scaling, softmax, out, unsure);
+    failures += status != OK && status != UNSURE;
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t b = row / s.queries / s.heads, h = row / s.queries % s.heads, i = row % s.queries;
+        const float *shut = mask + b * s.mask_steps[0] + h * s.mask_steps[1] + i * s.mask_steps[2];
+        const int64_t head = b * s.keys * step + h * s.size;
+        double scores[140], sum = 0;
+        for (int64_t j = 0; j < s.keys; j++) {
+            double dot = 0;
+            for (int64_t n = 0; n < s.size; n++) {
+                dot += (q[(b * s.queries + i) * step + h * s.size + n] < levels[0] ? -1 : 1) *
+                       (k[head + j * step + n] < levels[1] ? -1 : 1);
+            }
+            scores[j] = dot * levels[4] * scaling;
+            sum += given && shut[j] < 0 ? 0 : exp(scores[j]);
+        }
+        for (int64_t j = 0; j < s.keys; j++) {
+            float *score = all_scores + row * s.keys + j;
+            const int masked = given && shut[j] < 0;
+            expect(set, "scores", row * s.keys + j, masked ? *score < -1e38f : *score, masked ? 1 : scores[j], 1e-5);
+            *score = (float)attends(scores[j], masked, softmax ? sum : 0, levels[3]) * levels[3];
+        }
+        failures += hf_bnn_attention_context(set, &s, v, levels, all_scores + row * s.keys, indices + row, 1, again);
+        sure += !unsure[row];
+        for (int64_t n = 0; n < s.size && !unsure[row]; n++) {
+            double expected = 0; /* levels 0 and 2 */
+            for (int64_t j = 0; j < s.keys; j++) {
+                int bit = attends(scores[j], given && shut[j] < 0, softmax ? sum : 0, levels[3]);
+                expected += 2 * bit * (v[head + j * step + n] < levels[2] ? -1 : 1);
+            }
+            const int64_t at = ((b * s.queries + i) * s.heads + h) * s.size + n;
+            expect(set, softmax ? "attention" : "boolean attention", row * s.size + n, out[at], expected, 0);
+            expect(set, "context", row * s.size + n, again[at], expected, 0);
+        }
+    }
+    failures += mask_kind == 3 && sure * 2 < rows; /* most rows are clear */
+    free(q), free(k), free(v), free(mask), free(out), free(unsure), free(all_scores), free(again);
+    free(indices);
+}
+
 int main(void)
 {
     static const int64_t sizes[] = {0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130};
@@ -251,6 +337,7 @@ int main(void)
                            sizes[below(count)]);
             check_parts(set, pool, sizes[below(count)], sizes[below(count)], below(4), round / 2 % 2);
             check_convolution(set, pool, round / 2 % 2);
+            check_attention(set, pool, round / 2 % 2);
         }
     }
     printf("%d failures\n", failures);

@@ -25,6 +25,7 @@ VARIANTS = [
     {"embeddings": "float"},
     {"embeddings": "binary"},
     {"attention": "binary"},
+    {"attention": "boolean"},
     {"binarize": "weights"},
     {"binarize": "activations"},
     {"levels": "signed", "ffn_levels": "unsigned"},
@@ -133,7 +134,7 @@ def test_a_float_config_is_refused_with_the_way_out():
     BinaryBertForSequenceClassification(config)
 
 
-@pytest.mark.parametrize("attention", ["float", "binary"])
+@pytest.mark.parametrize("attention", ["float", "binary", "boolean"])
 def test_padding_changes_nothing(attention):
     model = tiny_model(attention=attention)
     ids = tiny_batch()["input_ids"]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
+from tiny import EVERY_METHOD, method_id, tiny_model
 from torch import Tensor, nn
 
 from hf_bnn import binarize_, install_method
-from hf_bnn.attention import BinaryAttention, BinaryMatmul
+from hf_bnn.attention import BinaryAttention, BinaryMatmul, BooleanAttention
 from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding, RoundedEmbedding
 from hf_bnn.layers import (
     BINARIZE,
@@ -17,6 +17,7 @@ from hf_bnn.layers import (
     rescale,
 )
 from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.methods import Method
 
 LEVELS = {
     "signed": SignedLevels,
@@ -239,9 +240,13 @@ def test_a_product_of_activations_keeps_their_dtype(dtype: torch.dtype, training
         assert layer(torch.randn(5, 7, dtype=dtype), torch.randn(7, 4, dtype=dtype)).dtype == dtype
 
 
+every_attention = pytest.mark.parametrize("kind", [BinaryAttention, BooleanAttention])
+
+
+@every_attention
 @pytest.mark.parametrize("training", [True, False])
-def test_attention_pays_no_heed_to_a_masked_token(training: bool):
-    attention = install_method(BinaryAttention()).train(training).requires_grad_(False)
+def test_attention_pays_no_heed_to_a_masked_token(kind: type, training: bool):
+    attention = install_method(kind()).train(training).requires_grad_(False)
     query, key, value = torch.randn(3, 2, 2, 5, 8).unbind()
     mask = torch.zeros(2, 1, 1, 5)
     mask[..., -2:] = torch.finfo(torch.float32).min
@@ -254,15 +259,62 @@ def test_attention_pays_no_heed_to_a_masked_token(training: bool):
     assert not torch.allclose(seen, expected)
 
 
-def test_dropout_acts_on_attention_in_training_only():
-    attention = install_method(BinaryAttention()).requires_grad_(False)
+@every_attention
+def test_dropout_acts_on_attention_in_training_only(kind: type):
+    attention = install_method(kind()).requires_grad_(False)
     inputs = torch.randn(3, 2, 2, 5, 8).unbind()
     plain, _ = attention.eval()(*inputs)
     dropped, probabilities = attention.eval()(*inputs, dropout=0.9)
     assert torch.equal(dropped, plain)
     dropped, again = attention.train()(*inputs, dropout=0.9)
     assert not torch.allclose(dropped, plain)
-    assert torch.equal(again, probabilities)
+    if kind is BinaryAttention:
+        assert torch.equal(again, probabilities)  # before dropout, as in transformers
+
+
+def literal_boolean(attention: BooleanAttention, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """a bool(q k^T >= b) v, on the levels of each."""
+    scores = two_valued(attention.scores.left_levels, query) @ two_valued(attention.scores.right_levels, key).mT
+    bits = (scores * scaling >= attention.context.left_levels.offset).float()
+    return attention.context.left_levels.width * bits @ two_valued(attention.context.right_levels, value)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_boolean_attention_is_that_of_the_formula(training: bool):
+    attention = install_method(BooleanAttention()).train(training).requires_grad_(False)
+    attention.context.left_levels.offset.fill_(0.4)
+    inputs = torch.randn(3, 2, 2, 5, 8).unbind()
+    expected = literal_boolean(attention, *inputs, 8**-0.5)
+    found, weights = attention(*inputs, scaling=8**-0.5)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(weights @ two_valued(attention.context.right_levels, inputs[2]), expected)
+    assert expected.unique().numel() > 5
+    assert attention(*inputs, scaling=8**-0.5, need_weights=False)[1] is None
+
+
+@pytest.mark.parametrize("closed", [-float("inf"), torch.finfo(torch.float32).min, -1e4])
+@pytest.mark.parametrize("method", [*EVERY_METHOD, Method(clip=100.0)], ids=method_id)
+def test_boolean_attention_learns_nothing_from_a_masked_token(method: Method, closed: float):
+    attention = install_method(BooleanAttention(), method).train()
+    mask = torch.zeros(2, 1, 5, 5)
+    mask[..., -2:] = mask[:, :, 3] = closed
+    gradients = []
+    for sign_of_masked in (1, -1):
+        torch.manual_seed(0)
+        query, key, value = (x.clone().requires_grad_() for x in torch.randn(3, 2, 2, 5, 8))
+        with torch.no_grad():
+            key[..., -2:, :] *= sign_of_masked
+        context, _ = attention(query, key, value, mask, 8**-0.5)
+        context.square().sum().backward()
+        levels = [p.grad.clone() for p in attention.parameters()]
+        attention.zero_grad()
+        assert not key.grad[..., -2:, :].any()
+        assert not query.grad[..., 3, :].any()
+        assert any(level.any() for level in levels)
+        gradients.append([query.grad, value.grad, key.grad[..., :-2, :], *levels])
+    for one, other in zip(*gradients, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other)
 
 
 def test_bert_pays_no_heed_to_padding():

@@ -5,13 +5,20 @@ import torch
 from torch import Tensor
 
 from hf_bnn.functional import clipped_sign, sign, sign_int8
-from hf_bnn.levels import SMALLEST_SCALE, ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.levels import SMALLEST_SCALE, BooleanLevels, ElasticLevels, SignedLevels, UnsignedLevels
 
 
 def elastic(signed: bool, width: float = 0.7, offset: float = 0.1) -> ElasticLevels:
     levels = ElasticLevels(signed)
     with torch.no_grad():
         levels.width.fill_(width)
+        levels.offset.fill_(offset)
+    return levels
+
+
+def boolean(offset: float = 0.3) -> BooleanLevels:
+    levels = BooleanLevels()
+    with torch.no_grad():
         levels.offset.fill_(offset)
     return levels
 
@@ -23,6 +30,7 @@ EVERY_LEVELS = {
     "elastic unsigned": lambda: elastic(False),
     "elastic negative": lambda: elastic(True, -0.7),
     "elastic narrow": lambda: elastic(True, 0.0),
+    "boolean": boolean,
 }
 every_levels = pytest.mark.parametrize("make", EVERY_LEVELS.values(), ids=EVERY_LEVELS)
 
@@ -168,3 +176,37 @@ def test_fixed_levels_have_nothing_to_fit():
     levels = UnsignedLevels()
     levels.fit(torch.randn(10))
     assert levels.affine() == (0.5, 0.5)
+
+
+def test_boolean_levels_begin_where_a_row_of_weights_adds_up_to_one():
+    levels = boolean(0.3)
+    scores = torch.randn(4, 3, 5, 20)
+    levels.fit(scores)
+    weights = torch.where(scores < 0.3, 0.0, levels.width.detach())
+    torch.testing.assert_close(weights.sum(-1).mean(), torch.tensor(1.0))
+    assert levels.offset == torch.tensor(0.3)
+    levels.fit(scores - 1)
+    assert torch.equal(torch.where(scores < 0.3, 0.0, levels.width.detach()), weights)
+
+
+def test_boolean_levels_that_nothing_reaches_keep_their_width():
+    levels = boolean(10.0)
+    levels.fit(torch.randn(4, 5))
+    assert levels.width == torch.tensor(0.1)
+
+
+def test_boolean_levels_and_their_gradients_are_those_of_the_formula():
+    levels = boolean(0.3)
+    x = torch.randn(500, requires_grad=True)
+    grad = torch.randn(500)
+    scale, shift = levels.affine()
+    (scale * clipped_sign(levels.normalize(x)) + shift).backward(grad)
+    inside = ((x - 0.3).abs() <= 1).float()
+    torch.testing.assert_close(x.grad, 0.05 * inside * grad)  # half of the width 0.1
+    torch.testing.assert_close(levels.offset.grad, -(0.05 * inside * grad).sum())
+    torch.testing.assert_close(levels.width.grad, grad[x >= 0.3].sum())
+
+
+def test_boolean_levels_are_nothing_and_their_width():
+    levels = boolean(0.3)
+    assert values(levels, torch.tensor([0.2, 0.3, 0.4])).tolist() == [0, levels.width.item(), levels.width.item()]

@@ -78,6 +78,7 @@ BERTS = {
     "bert": lambda: tiny_model(),
     "bert-signed": lambda: tiny_model(levels="signed", ffn_levels="unsigned"),
     "bert-binary-attention": lambda: tiny_model(attention="binary"),
+    "bert-boolean-attention": lambda: tiny_model(attention="boolean"),
     "bert-binary-embeddings": lambda: BinaryBertModel(tiny_config(embeddings="binary")),
     "bert-masked-lm": lambda: BinaryBertForMaskedLM(tiny_config()),
     "bert-relu": lambda: tiny_model(hidden_act="relu"),
@@ -90,6 +91,7 @@ BERTS = {
 VITS = {
     "vit": lambda: tiny_vit(),
     "vit-binary-attention": lambda: tiny_vit(attention="binary", ffn_levels="unsigned"),
+    "vit-boolean-attention": lambda: tiny_vit(attention="boolean"),
     "vit-without-bias": lambda: BinaryViTModel(BinaryViTConfig(**VIT_SIZE, qkv_bias=False)),
 }
 RESNETS = {
@@ -204,6 +206,8 @@ def test_which_parts_are_fused():
     assert not {"PackedLinear", "BertLayer", "BertSelfAttention"} & names
     names = {type(m).__name__ for m in optimize_(packed(tiny_vit())).modules()}
     assert {"FusedViTMLP", "FusedViTAttention"} <= names
+    names = {type(m).__name__ for m in optimize_(packed(tiny_vit(attention="binary"))).modules()}
+    assert "FusedBinaryAttention" in names
     odd = optimize_(packed(tiny_model(hidden_size=28, intermediate_size=36)))
     assert not any(isinstance(m, JointLinear) for m in odd.modules())
 

@@ -221,7 +221,7 @@ def test_a_packed_table_has_the_shapes_of_its_latent_one_before_it_is_loaded(kin
 
 
 @pytest.mark.parametrize("embeddings", ["float", "int8", "binary"])
-@pytest.mark.parametrize("attention", ["float", "binary"])
+@pytest.mark.parametrize("attention", ["float", "binary", "boolean"])
 @pytest.mark.parametrize("binarize", ["both", "weights"])
 def test_a_packed_bert_equals_its_latent_one_bit_for_bit(embeddings: str, attention: str, binarize: str):
     model = tiny_model(embeddings=embeddings, attention=attention, binarize=binarize)

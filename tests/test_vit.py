@@ -55,6 +55,7 @@ HEADS = {
 VARIANTS = [
     {},
     {"attention": "binary"},
+    {"attention": "boolean"},
     {"binarize": "weights"},
     {"binarize": "activations", "levels": "signed"},
     {"levels": "signed", "ffn_levels": "unsigned"},
@@ -283,8 +284,9 @@ def test_heads_pooler_and_patches_are_float(head):
     assert len(binary) == 12
 
 
-def test_binary_attention_is_used_and_is_not_what_config_json_says(tmp_path):
-    model = tiny_vit(attention="binary")
+@pytest.mark.parametrize("attention", ["binary", "boolean"])
+def test_binary_attention_is_used_and_is_not_what_config_json_says(attention: str, tmp_path: Path):
+    model = tiny_vit(attention=attention)
     assert model.config._attn_implementation == "hf_bnn"
     float_products = tiny_vit()
     float_products.load_state_dict(model.state_dict(), strict=False)
@@ -297,8 +299,9 @@ def test_binary_attention_is_used_and_is_not_what_config_json_says(tmp_path):
     assert [tuple(a.shape) for a in attentions] == [(4, 2, 5, 5)] * 2
 
 
-def test_a_masked_patch_is_not_attended_to():
-    model = tiny_vit(attention="binary")
+@pytest.mark.parametrize("attention", ["binary", "boolean"])
+def test_a_masked_patch_is_not_attended_to(attention: str):
+    model = tiny_vit(attention=attention)
     images = tiny_images()["pixel_values"]
     other = images.clone()
     other[:, :, 4:, 4:] = 7.0  # the last patch

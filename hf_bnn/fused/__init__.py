@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..attention import BinaryAttention, BooleanAttention
 from ..packed import PackedConv2d, PackedLinear, is_packed
+from .attention import fuse_attention
 from .base import Fused
 from .layers import KernelConv2d, KernelLinear
 
@@ -18,6 +20,8 @@ def _take_conv2d(layer: PackedConv2d) -> None:
 FUSERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
     PackedLinear: KernelLinear.take_place_of,
     PackedConv2d: _take_conv2d,
+    BinaryAttention: fuse_attention,
+    BooleanAttention: fuse_attention,
 }
 
 

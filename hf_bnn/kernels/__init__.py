@@ -1,5 +1,6 @@
 """Fast products of 1-bit weights: compiled kernels, and the same in torch where there are none."""
 
+from .attention import attention
 from .conv2d import conv2d
 from .ffn import FfnCall, ffn
 from .library import available, backend, using
@@ -12,6 +13,7 @@ __all__ = [
     "LinearCall",
     "LinearWeight",
     "LinearWeightOnlyCall",
+    "attention",
     "available",
     "backend",
     "conv2d",

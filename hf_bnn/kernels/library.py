@@ -16,7 +16,8 @@ import torch
 
 VARIABLE = "HF_BNN_KERNEL"
 KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
-INTERFACE = 2  # of csrc/dispatch.c
+INTERFACE = 3  # of csrc/dispatch.c
+OK, OUT_OF_MEMORY, UNSURE, NOT_TAKEN = range(4)  # of csrc/hf_bnn.h
 
 # Multiply-accumulates per microsecond and thread, roughly: what decides whether threads are worth waking.
 SPEED = {"avx512": 1_600_000, "avx512bw": 900_000, "avx2": 400_000, "neon": 200_000, "scalar": 130_000}
@@ -51,6 +52,15 @@ class Conv2dShape(ctypes.Structure):
     )
 
 
+class AttentionShape(ctypes.Structure):
+    """`struct attention_shape` of csrc/hf_bnn.h. Without its arrays: they would take longer to fill."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "heads", "queries", "keys", "size")),
+        *((f"{name}_step_{i}", c_int64) for name in ("query", "key", "value", "mask") for i in range(3)),
+    )
+
+
 _CALL = (c_int64, c_void_p, c_int64)  # instruction set, thread pool or None, threads
 _THRESHOLD = (c_void_p, c_int)  # values, whether there is one per input
 _ROWS = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)  # plan, inputs, row step, rows, threads, outputs
@@ -62,6 +72,18 @@ _SIGNATURES = {
     "hf_bnn_linear": (c_int, _ROWS),
     "hf_bnn_linear_weight_only": (c_int, _ROWS),
     "hf_bnn_ffn": (c_int, _ROWS),
+    "hf_bnn_attention": (
+        c_int,
+        (c_int64, c_void_p, ctypes.POINTER(AttentionShape), *(c_void_p,) * 5, c_float, c_int, c_void_p, c_void_p),
+    ),
+    "hf_bnn_attention_scores": (
+        c_int,
+        (c_int64, ctypes.POINTER(AttentionShape), *(c_void_p,) * 4, c_float, c_void_p, c_int64, c_void_p),
+    ),
+    "hf_bnn_attention_context": (
+        c_int,
+        (c_int64, ctypes.POINTER(AttentionShape), *(c_void_p,) * 4, c_int64, c_void_p),
+    ),
     "hf_bnn_conv2d": (c_int, (*_CALL, ctypes.POINTER(Conv2dShape), c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
 }
 
@@ -192,10 +214,12 @@ def rows_worth_threads(work: int) -> float:
     return least_work_for_threads() / max(work, 1) if thread_pool() else math.inf
 
 
-def call(name: str, *arguments: object) -> None:
-    """Run a function of the library; tensors are given by their addresses."""
-    if getattr(library().functions, name)(*arguments):
+def call(name: str, *arguments: object) -> int:
+    """Run a function of the library; tensors are given by their addresses. Returns its status: OK or its own ones."""
+    status = getattr(library().functions, name)(*arguments)
+    if status == OUT_OF_MEMORY:
         raise too_large(name)
+    return status
 
 
 def too_large(name: str) -> MemoryError:

@@ -7,6 +7,9 @@ from torch import Tensor
 from ..functional import integer_product
 from .weights import conv2d_signs, linear_signs
 
+# A mask's numbers below it shut a token out: transformers writes the smallest number of the dtype, others -inf or -1e4.
+MASKED = -1000.0
+
 
 def below(x: Tensor, threshold: float, thresholds: Tensor | None) -> Tensor:
     """Which values count as -1: NaN and, against a threshold of 0, -0.0 do not."""
@@ -98,3 +101,31 @@ def ffn(
     hidden = linear(x, first, first_scale, first_offset, threshold, thresholds)
     bits = (hidden >= low) & (hidden < high)
     return linear(bits.to(x.dtype).neg(), second, second_scale, second_offset)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    levels: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    softmax: bool = True,
+) -> Tensor:
+    """See kernels.attention."""
+    query_level, key_level, value_level, level, score_scale, scale, shift = levels.unbind()
+    queries, keys, values = (
+        signs(x.float(), 0.0, threshold).float()
+        for x, threshold in ((query, query_level), (key, key_level), (value, value_level))
+    )
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (queries @ keys.transpose(-1, -2) * score_scale).to(query.dtype) * scaling
+        if mask is not None:
+            scores = scores + mask
+        weights = scores.softmax(-1) if softmax else scores
+        low = below(weights.float(), 0.0, level)
+        if mask is not None and not softmax:
+            low = low | (mask < MASKED)
+        sums = (1 - 2 * low.float()) @ values
+    y = sums * scale + shift * values.sum(-2, keepdim=True)
+    return y.to(query.dtype).transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)

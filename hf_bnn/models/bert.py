@@ -32,7 +32,8 @@ class BinaryBertConfig(TransformerConfigFields, BertConfig):
     """The config of a binary BERT: BertConfig's fields, and what is binary.
 
     - `binarize`: "both", "weights" or "activations".
-    - `attention`: "float", or "binary" for the two attention products too.
+    - `attention`: "float", "binary" for the two attention products too (BiT), or "boolean": these without the softmax
+      between them, a token is attended to or not (BiBERT).
     - `embeddings`: the word table, "float", "int8" (one scale per row) or "binary". With "binary" the position table
       is binary as well and the pooler is among the binary layers, as in BiT: only then a BERT-base fits 14 MiB.
     - `levels`: "elastic" (learned scale and threshold) or "signed" ({-1, 1}); `ffn_levels`, of the second FFN layer's

@@ -7,23 +7,24 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from ..attention import BinaryAttention
+from ..attention import BinaryAttention, BooleanAttention
 from ..levels import ElasticLevels, SignedLevels, UnsignedLevels
 from .base import BinaryConfigFields, BinaryModelMixin, check_choice
 
 ATTENTION = "hf_bnn"
+ATTENTIONS = {"float": None, "binary": BinaryAttention, "boolean": BooleanAttention}
 
 
 @dataclass
 class TransformerConfigFields(BinaryConfigFields):
     """The structure of a binary transformer, as fields of its config."""
 
-    attention: str = "float"  # the two attention products: float | binary
+    attention: str = "float"  # the two attention products: float | binary | boolean: without softmax
     ffn_levels: str = "elastic"  # of the second FFN layer's input, which follows GELU: elastic | unsigned
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        check_choice("attention", self.attention, ("float", "binary"))
+        check_choice("attention", self.attention, tuple(ATTENTIONS))
         check_choice("ffn_levels", self.ffn_levels, ("elastic", "unsigned"))
 
 
@@ -36,11 +37,14 @@ def binary_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface around the layer's own `BinaryAttention`."""
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-    context, probabilities = module.binary_attention(query, key, value, attention_mask, scaling, dropout)
-    return context.transpose(1, 2).contiguous(), probabilities
+    # As transformers' capture_outputs decides whether to keep them.
+    need_weights = bool(kwargs.get("output_attentions", module.config.output_attentions))
+    inputs = (query, key, value, attention_mask, scaling, dropout)
+    context, weights = module.binary_attention(*inputs, need_weights=need_weights)
+    return context.transpose(1, 2).contiguous(), weights
 
 
 AttentionInterface.register(ATTENTION, binary_attention)
@@ -59,14 +63,15 @@ class BinaryTransformerMixin(BinaryModelMixin):
         raise NotImplementedError("a binary transformer must say which layers see GELU's outputs")
 
     def prepare_config(self, config: TransformerConfigFields) -> None:
-        if config.attention == "binary" and config.binarize != "none":  # not stored in config.json by transformers
+        if ATTENTIONS[config.attention] and config.binarize != "none":  # not stored in config.json by transformers
             config._attn_implementation = ATTENTION
 
     def rewrite(self) -> None:
-        if self.config.attention == "binary" and self.config.binarize != "none":
+        attention = ATTENTIONS[self.config.attention]
+        if attention and self.config.binarize != "none":
             for module in list(self.modules()):
                 if isinstance(module, self.attention_class):
-                    module.binary_attention = BinaryAttention()
+                    module.binary_attention = attention()
 
     def input_levels(self, name: str) -> SignedLevels:
         if self.follows_gelu(name):

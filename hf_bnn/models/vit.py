@@ -22,7 +22,8 @@ class BinaryViTConfig(TransformerConfigFields, ViTConfig):
     """The config of a binary ViT: ViTConfig's fields, and what is binary.
 
     - `binarize`: "both", "weights" or "activations".
-    - `attention`: "float", or "binary" for the two attention products too.
+    - `attention`: "float", "binary" for the two attention products too (BiT), or "boolean": these without the softmax
+      between them, a token is attended to or not (BiBERT).
     - `levels`: "elastic" (learned scale and threshold) or "signed" ({-1, 1}); `ffn_levels`, of the second FFN layer's
       input, which follows GELU: "elastic" ({0, a}, learned) or "unsigned" ({0, 1}).
     - `skip`: shell-style patterns of modules that stay float; None is resolved once and stored.

@@ -33,9 +33,13 @@ INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
            signs_of_8(x + 16, t + 16 * step, step) << 16 | signs_of_8(x + 24, t + 24 * step, step) << 24;
 }
 
+#define LOOK_UP(table, indices) ((floats)_mm256_i32gather_ps((table), (__m256i)(indices), 4))
+
 #include "packing.h"
 #include "tile.h"
 #include "weight_only.h"
+#include "plain_look_up.h"
+#include "attention.h"
 
 #include "instruction_set.h"
 

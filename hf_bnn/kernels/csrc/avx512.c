@@ -9,6 +9,7 @@
 INLINE words count_bits(words v) { return (words)_mm512_popcnt_epi32((__m512i)v); }
 
 #include "tile.h"
+#include "attention.h"
 
 #include "instruction_set.h"
 

@@ -35,4 +35,23 @@ INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
     return signs_of_16(x, t, step) | signs_of_16(x + 16, t + 16 * step, step) << 16;
 }
 
+/* A register holds a table of 16; of an index, only the low 4 bits count. */
+INLINE floats add_exponentials(floats sums, const struct scores *s, words counts, const int masks, words shut,
+                               uint32_t bit)
+{
+    __m512 coarse = _mm512_permutexvar_ps((__m512i)(counts >> 4), _mm512_loadu_ps(s->coarse));
+    __m512 fine = _mm512_permutexvar_ps((__m512i)counts, _mm512_loadu_ps(s->fine));
+    if (!masks) {
+        return (floats)_mm512_fmadd_ps(coarse, fine, (__m512)sums);
+    }
+    __mmask16 open = _mm512_testn_epi32_mask((__m512i)shut, _mm512_set1_epi32((int)bit));
+    return (floats)_mm512_mask3_fmadd_ps(coarse, fine, (__m512)sums, open);
+}
+
+INLINE words set_where(words bits, const uint32_t *counts, integers limits, uint32_t bit)
+{
+    __mmask16 many = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(counts), (__m512i)limits);
+    return (words)_mm512_mask_or_epi32((__m512i)bits, many, (__m512i)bits, _mm512_set1_epi32((int)bit));
+}
+
 #include "packing.h"

@@ -15,6 +15,7 @@ INLINE words count_bits(words v)
 }
 
 #include "tile.h"
+#include "attention.h"
 
 #include "instruction_set.h"
 

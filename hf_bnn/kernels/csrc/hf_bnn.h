@@ -11,7 +11,8 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-enum { OK = 0, OUT_OF_MEMORY = 1 };
+/* The latter two of attention only. */
+enum { OK = 0, OUT_OF_MEMORY = 1, UNSURE = 2, NOT_TAKEN = 3 };
 
 /* Of torch's C interface: calls f(begin, end, context) for parts of [begin, end) on torch's threads. */
 typedef void (*range_function)(int64_t begin, int64_t end, void *context);
@@ -43,6 +44,13 @@ struct conv2d_shape {
     int64_t out_height, out_width;
 };
 
+/* In the order of the fields of hf_bnn/kernels/library.py, AttentionShape. Steps are in floats, from one batch, head
+ * and token to the next; 0 where a mask is the same for all. */
+struct attention_shape {
+    int64_t batch, heads, queries, keys, size;
+    int64_t query_steps[3], key_steps[3], value_steps[3], mask_steps[3];
+};
+
 /* Raised with every change of a function here: a library built from older sources is not called. */
 EXPORTED int64_t hf_bnn_interface(void);
 
@@ -71,6 +79,25 @@ EXPORTED int hf_bnn_conv2d(int64_t set, parallel_for pool, int64_t threads, cons
                            const float *x, const float *threshold, int per_input, const uint32_t *weights,
                            const int32_t *corners, const float *scale, const float *shift, const float *bias,
                            float *out);
+
+/* Attention of signs to (batch, queries, heads, size). `mask` may be NULL. `levels`: the thresholds of queries, keys,
+ * values, and of probabilities (without softmax: of scores), the scale of a score, and the scales of the two products
+ * that a context is the sum of. UNSURE: some bytes of `unsure`, (batch, heads, queries), are 1; in those rows torch's
+ * softmax has to decide, with the two functions below. NOT_TAKEN: the levels, the size or the mask are unusual, and
+ * nothing was computed. No size is 0. */
+EXPORTED int hf_bnn_attention(int64_t set, parallel_for pool, const struct attention_shape *shape, const float *query,
+                              const float *key, const float *value, const float *mask, const float *levels,
+                              float scaling, int softmax, float *out, uint8_t *unsure);
+
+/* Scores of the given rows of (batch, heads, queries), mask and all, to (count, keys). */
+EXPORTED int hf_bnn_attention_scores(int64_t set, const struct attention_shape *shape, const float *query,
+                                     const float *key, const float *mask, const float *levels, float scaling,
+                                     const int64_t *rows, int64_t count, float *out);
+
+/* What follows from the probabilities, (count, keys), of the given rows: these rows of hf_bnn_attention's `out`. */
+EXPORTED int hf_bnn_attention_context(int64_t set, const struct attention_shape *shape, const float *value,
+                                      const float *levels, const float *weights, const int64_t *rows, int64_t count,
+                                      float *out);
 
 /* For benchmarks: counts differing bits in registers; returns how many it compared, 0 if the processor cannot. */
 EXPORTED int64_t hf_bnn_count_bits(int64_t rounds);

@@ -11,4 +11,5 @@
         .prepared_size = prepared_size,                \
         .prepare_inputs = prepare_inputs,              \
         .multiply_floats = multiply_floats,            \
+        .attend = attend,                              \
     }

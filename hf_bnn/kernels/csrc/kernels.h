@@ -69,6 +69,19 @@ struct block {
     const int32_t *missing[BLOCK_ROWS]; /* [outputs] each, or NULL: sums over what lies in a convolution's padding */
 };
 
+enum { MOST_HEAD_SIZE = 255, MOST_HEAD_WORDS = 8 };
+
+/* What the scores of a head's queries depend on; see attention.c. */
+struct scores {
+    const uint32_t *keys; /* [tokens][words], not in pairs; there are 2, 4 or 8 words */
+    int64_t all_tokens, tokens, size, words; /* all, and those up to the last one that is not masked for all queries */
+    int softmax, masks;                      /* masks: some of `tokens` are masked */
+    float threshold, tolerance; /* of probabilities, the latter relative */
+    int32_t limit;              /* without softmax: so many differences make a score low */
+    /* exp(score) by the number of differences d; nearly the same is coarse[d / 16] * fine[d % 16] */
+    float exponentials[MOST_HEAD_SIZE + 1], coarse[16], fine[16];
+};
+
 /* Everything that depends on the processor. */
 struct instruction_set {
     const char *name;
@@ -92,6 +105,11 @@ struct instruction_set {
     void (*multiply_floats)(const uint32_t *weights, const float *prepared, int64_t rows, int64_t inputs,
                             int64_t outputs, int64_t first, int64_t last, const float *scale, const float *offset,
                             float *out);
+    /* Bits of the tokens that `count` queries, [count][words], do not attend to, in pairs. `masked` or NULL has the
+     * bits of those that they may not, not in pairs. `counts`, [tokens][PANEL], is for the function's own use. Sets
+     * `unsure` to 1 for a query whose bits torch may see otherwise, else to 0. */
+    void (*attend)(const struct scores *s, const uint32_t *queries, int64_t count, const uint32_t *masked,
+                   int64_t masked_step, uint32_t *counts, uint32_t *out, int64_t out_step, uint8_t *unsure);
 };
 
 /* The i-th instruction set that this library was built with, best first; NULL after the last one. */

@@ -32,6 +32,9 @@ INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
 #include "tile.h"
 #include "weight_only.h"
 
+#include "plain_look_up.h"
+#include "attention.h"
+
 #include "instruction_set.h"
 
 static int available(void) { return 1; }

@@ -18,6 +18,9 @@ INLINE words count_bits(words v)
 #include "tile.h"
 #include "weight_only.h"
 
+#include "plain_look_up.h"
+#include "attention.h"
+
 #include "instruction_set.h"
 
 static int available(void) { return 1; }

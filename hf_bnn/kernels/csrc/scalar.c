@@ -17,6 +17,9 @@ INLINE words count_bits(words v)
 #include "tile.h"
 #include "weight_only.h"
 
+#include "plain_look_up.h"
+#include "attention.h"
+
 #include "instruction_set.h"
 
 static int available(void) { return __builtin_cpu_supports("popcnt"); }

@@ -1,0 +1,74 @@
+"""Binary attention as one compiled operation."""
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..attention import BinaryAttention, BooleanAttention
+from .base import Fused
+
+
+class _FusedProducts(Fused):
+    """What both kinds share. Comes before the attention whose place it takes.
+
+    Returns no weights, unless they are asked for. With those, in training, where gradients are asked for, and for other
+    dtypes than float32 it runs the parent's forward; in evaluation both are equal bit for bit.
+    """
+
+    made = ("kernel_levels",)
+    softmax: bool
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        learns = self.learns(query) or self.learns(key) or self.learns(value)
+        plain = learns or need_weights or self.scores.partial or self.context.partial
+        if plain or not query.dtype == key.dtype == value.dtype == torch.float32:
+            return super().forward(query, key, value, mask, scaling, dropout, need_weights)
+        return kernels.attention(query, key, value, self.kernel_levels, scaling, mask, self.softmax), None
+
+    @torch.no_grad()
+    def derive(self) -> None:
+        """`levels` of kernels.attention, with the roundings of BinaryMatmul."""
+        queries, keys = self.scores.left_levels, self.scores.right_levels
+        weights, values = self.context.left_levels, self.context.right_levels
+        thresholds = (levels.threshold() for levels in (queries, keys, values, weights))
+        (query_scale, _), (key_scale, _), (value_scale, _) = queries.affine(), keys.affine(), values.affine()
+        scale, shift = weights.affine()
+        levels = torch.stack((*thresholds, query_scale * key_scale, scale * value_scale, shift * value_scale))
+        self.register_buffer("kernel_levels", levels, persistent=False)
+
+
+class FusedBinaryAttention(_FusedProducts, BinaryAttention):
+    """BinaryAttention as one operation, `hf_bnn::attention`. Made by `fuse_attention`."""
+
+    softmax = True
+
+
+class FusedBooleanAttention(_FusedProducts, BooleanAttention):
+    """BooleanAttention as one operation, `hf_bnn::attention`. Made by `fuse_attention`."""
+
+    softmax = False
+
+
+FUSED = {BinaryAttention: FusedBinaryAttention, BooleanAttention: FusedBooleanAttention}
+
+
+def fuse_attention(module: BinaryAttention) -> None:
+    """Let `module`, in place, run as one operation in evaluation. Parameters and state dict stay what they are.
+
+    >>> attention = BinaryAttention().eval()
+    >>> fuse_attention(attention)
+    >>> with torch.no_grad():
+    ...     context, weights = attention(*torch.randn(3, 1, 2, 5, 8).unbind(), scaling=8**-0.5)
+    >>> context.shape, weights
+    (torch.Size([1, 2, 5, 8]), None)
+    """
+    FUSED[type(module)].take_place_of(module)
