@@ -33,9 +33,16 @@ INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
            signs_of_8(x + 16, t + 16 * step, step) << 16 | signs_of_8(x + 24, t + 24 * step, step) << 24;
 }
 
+INLINE floats look_up(floats table, words v)
+{
+    return (floats)_mm256_permutevar8x32_ps((__m256)table, (__m256i)v);
+}
+
+#define IN_REGISTER(vector) __asm__("" : "+x"(vector))
+
 #include "packing.h"
 #include "tile.h"
-#include "weight_only.h"
+#include "weight_only_lookup.h"
 
 #include "instruction_set.h"
 
