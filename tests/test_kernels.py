@@ -229,6 +229,13 @@ def test_weight_only_sums_of_small_integers_are_exact(backend: str):
     assert torch.equal(y, (x.double() @ signs(w).T).float())
 
 
+@every_compiled_backend
+def test_weight_only_sums_of_a_row_do_not_depend_on_other_rows(backend: str):
+    x, weight, ones = torch.randn(7, 133), linear_weight(torch.randn(150, 133)), torch.ones(150)
+    y = kernels.linear_weight_only(x, weight, ones)
+    assert all(torch.equal(kernels.linear_weight_only(x[i], weight, ones), y[i]) for i in range(7))
+
+
 @every_backend
 def test_weight_only_sums_pass_infinity_and_nan_on(backend: str):
     x, w = torch.randn(3, 40), torch.randn(18, 40)

@@ -7,8 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .library import FfnPlan, LinearPlan, library, rows_worth_threads, too_large
+
+FLOAT = torch.float32  # each look-up of an attribute that is not made counts here
 
 
 class Call:
@@ -35,23 +38,17 @@ class Call:
         self.in_features = in_features or None
 
     def __call__(self, x: Tensor) -> Tensor:
-        shape = x.shape
-        if (
-            type(x) is not Tensor
-            or x.dtype is not torch.float32
-            or not x.is_cpu
-            or shape[-1] != self.in_features
-            or torch.compiler.is_compiling()
-        ):
+        *lead, size = x.shape
+        if type(x) is not Tensor or x.dtype is not FLOAT or not x.is_cpu or size != self.in_features or is_compiling():
             return self.op(x, *self.arguments)
-        rows = x.numel() // self.in_features
+        rows = x.numel() // size
         if rows > self.most_rows:
             return self.op(x, *self.arguments)
         if not x.is_contiguous():
             x = x.contiguous()
-        y = x.new_empty(*shape[:-1], self.out_features)
+        y = x.new_empty(*lead, self.out_features)
         threads = torch.get_num_threads() if rows >= self.rows_worth_threads else 1
-        if self.run(self.address, x.data_ptr(), self.in_features, rows, threads, y.data_ptr()):
+        if self.run(self.address, x.data_ptr(), size, rows, threads, y.data_ptr()):
             raise too_large(self.function)
         return y
 

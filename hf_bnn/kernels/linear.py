@@ -22,9 +22,9 @@ from .operands import (
 )
 from .weights import LinearWeight
 
-# Without a look-up of 16 floats, an unpacked weight and torch's product of floats are faster from here on.
+# Without a look-up of floats, an unpacked weight and torch's product of floats are faster from here on.
 MANY_ROWS = 8
-LOOKS_UP = ("avx512", "avx512bw")
+LOOKS_UP = ("avx512", "avx512bw", "avx2")
 FLOAT_WORK = 16  # a multiply-accumulate of a float takes the time of so many of bits
 
 

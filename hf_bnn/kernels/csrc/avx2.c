@@ -35,9 +35,16 @@ INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
 
 #define LOOK_UP(table, indices) ((floats)_mm256_i32gather_ps((table), (__m256i)(indices), 4))
 
+INLINE floats look_up(floats table, words v)
+{
+    return (floats)_mm256_permutevar8x32_ps((__m256)table, (__m256i)v);
+}
+
+#define IN_REGISTER(vector) __asm__("" : "+x"(vector))
+
 #include "packing.h"
 #include "tile.h"
-#include "weight_only.h"
+#include "weight_only_lookup.h"
 #include "plain_look_up.h"
 #include "attention.h"
 

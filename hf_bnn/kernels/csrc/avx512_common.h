@@ -1,7 +1,10 @@
 /* What both kinds of AVX-512 do alike. */
+#include <immintrin.h>
+
 #include "vectors.h"
 
-#include "weight_only_avx512.h"
+/* The compiler has this value in a register here, and knows nothing of how it came about. */
+#define IN_REGISTER(vector) __asm__("" : "+v"(vector))
 
 static int has_avx512(void)
 {
@@ -21,8 +24,6 @@ INLINE words carry_of_pair(words d1, words d12, words z)
 {
     return (words)_mm512_ternarylogic_epi32((__m512i)d1, (__m512i)d12, (__m512i)z, 0xB8);
 }
-
-#define IN_REGISTER(vector) __asm__("" : "+v"(vector))
 
 INLINE uint32_t signs_of_16(const float *x, const float *t, const int step)
 {
@@ -54,4 +55,10 @@ INLINE words set_where(words bits, const uint32_t *counts, integers limits, uint
     return (words)_mm512_mask_or_epi32((__m512i)bits, many, (__m512i)bits, _mm512_set1_epi32((int)bit));
 }
 
+INLINE floats look_up(floats table, words v)
+{
+    return (floats)_mm512_permutexvar_ps((__m512i)v, (__m512)table);
+}
+
 #include "packing.h"
+#include "weight_only_lookup.h"

@@ -97,7 +97,7 @@ struct instruction_set {
                         uint32_t *out, int64_t out_step);
     /* The panels [first, last) of the product of a block; `out` is where output first * PANEL of its row 0 goes. */
     void (*multiply)(const struct product *p, const struct block *b, int64_t first, int64_t last, float *out);
-    /* The same for prefixes through all words; there is one run. */
+    /* The same for prefixes through all words; there is one run, and nothing is missing. */
     void (*multiply_linear)(const struct product *p, const struct block *b, int64_t first, int64_t last, float *out);
     /* Floats that `prepare_inputs` writes for a row of the weight-only product, and the product of `rows` rows. */
     int64_t (*prepared_size)(int64_t inputs);

@@ -1,4 +1,4 @@
-/* Products of 1-bit weights with float inputs for instruction sets without a look-up across 16 floats: every input is
+/* Products of 1-bit weights with float inputs for instruction sets without a look-up of floats: every input is
  * added with its sign flipped where the weight's bit is 1. The file that includes this has included vectors.h.
  */
 
