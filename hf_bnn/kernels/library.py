@@ -15,7 +15,7 @@ import torch
 
 VARIABLE = "HF_BNN_KERNEL"
 KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
-INTERFACE = 1  # of csrc/dispatch.c
+INTERFACE = 2  # of csrc/dispatch.c
 
 # Multiply-accumulates per microsecond and thread, roughly: what decides whether threads are worth waking.
 SPEED = {"avx512": 1_600_000, "avx512bw": 900_000, "avx2": 400_000, "neon": 200_000, "scalar": 130_000}
@@ -24,13 +24,37 @@ WORTH_THREADS = 50  # microseconds of work: waking a second thread takes about t
 
 
 class Conv2dShape(ctypes.Structure):
-    """`struct conv2d_shape` of csrc/conv2d.c."""
+    """`struct conv2d_shape` of csrc/hf_bnn.h."""
 
     _fields_ = (
         *((name, c_int64) for name in ("batch", "channels", "height", "width")),
         *((name, c_int64) for name in ("image_step", "channel_step", "row_step", "pixel_step", "outputs")),
         *((name, c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")),
         *((name, c_int64) for name in ("groups", "out_height", "out_width")),
+    )
+
+
+class Conv2dEpilogue(ctypes.Structure):
+    """`struct conv2d_epilogue` of csrc/hf_bnn.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("alpha", "beta", "shortcut_alpha", "shortcut_beta")),
+        *((name, c_void_p) for name in ("rprelu_shift", "rprelu_slope", "rprelu_offset")),
+        ("fused", c_int64),
+    )
+
+
+class Conv2dLayer(ctypes.Structure):
+    """`struct conv2d_layer` of csrc/hf_bnn.h."""
+
+    _fields_ = (
+        ("shape", Conv2dShape),
+        ("threshold", c_void_p),
+        ("per_input", c_int64),
+        *((name, c_void_p) for name in ("weights", "corners", "scale", "shift", "bias")),
+        ("epilogue", Conv2dEpilogue),
+        ("next_threshold", c_void_p),
+        ("next_per_output", c_int64),
     )
 
 
@@ -46,7 +70,8 @@ _SIGNATURES = {
     "hf_bnn_linear": (c_int, (*_CALL, *_ROWS, *_THRESHOLD, *_MATRIX, c_void_p)),
     "hf_bnn_linear_weight_only": (c_int, (*_CALL, *_ROWS, *_MATRIX, c_void_p)),
     "hf_bnn_ffn": (c_int, (*_CALL, *_ROWS, *_THRESHOLD, *_MATRIX, c_float, c_float, *_MATRIX, c_void_p)),
-    "hf_bnn_conv2d": (c_int, (*_CALL, ctypes.POINTER(Conv2dShape), c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
+    "hf_bnn_conv2d": (c_int, (*_CALL, c_void_p, c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
+    "hf_bnn_conv2d_block": (c_int, (*_CALL, *(c_void_p,) * 6)),
 }
 
 
@@ -161,7 +186,7 @@ def thread_pool() -> int | None:
 
 def threads_for(work: int) -> tuple[int | None, int]:
     """The thread pool and how many of its threads `work` multiply-accumulates are worth: (None, 1) if only one."""
-    if work < WORTH_THREADS * SPEED.get(backend(), SLOWEST):
+    if torch.get_num_threads() == 1 or work < WORTH_THREADS * SPEED.get(backend(), SLOWEST):
         return None, 1
     pool, threads = thread_pool(), torch.get_num_threads()
     return (pool, threads) if pool and threads > 1 else (None, 1)

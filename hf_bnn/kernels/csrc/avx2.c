@@ -1,7 +1,7 @@
 /* AVX2: Intel from Haswell, AMD from Excavator. Bits are counted by look-up of half bytes. */
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define TARGET __attribute__((target("avx2")))
+#define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
 #define TILE_ROWS 2
 #define COUNTS_WORDS 0
@@ -34,13 +34,19 @@ INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
            signs_of_8(x + 16, t + 16 * step, step) << 16 | signs_of_8(x + 24, t + 24 * step, step) << 24;
 }
 
+INLINE floats multiply_add(floats a, floats b, floats c)
+{
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+
 #include "packing.h"
+#include "epilogue.h"
 #include "tile.h"
 #include "weight_only.h"
 
 #include "instruction_set.h"
 
-static int available(void) { return __builtin_cpu_supports("avx2"); }
+static int available(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 INSTRUCTION_SET(avx2, "avx2");
 #endif

@@ -27,4 +27,10 @@ INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
     return signs_of_16(x, t, step) | signs_of_16(x + 16, t + 16 * step, step) << 16;
 }
 
+INLINE floats multiply_add(floats a, floats b, floats c)
+{
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
 #include "packing.h"
+#include "epilogue.h"

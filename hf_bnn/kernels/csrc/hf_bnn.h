@@ -25,6 +25,28 @@ struct conv2d_shape {
     int64_t out_height, out_width;
 };
 
+/* What follows a sum and its scale, in this order, each operation rounded; NULL where it is left out. Arrays have a
+ * number for each output. */
+struct conv2d_epilogue {
+    const float *alpha, *beta;                   /* batch normalization: y = y * alpha + beta */
+    const float *shortcut_alpha, *shortcut_beta; /* the same for the shortcut, which is then added */
+    const float *rprelu_shift, *rprelu_slope, *rprelu_offset; /* y - shift; below 0 times slope; + offset */
+    int64_t fused; /* whether multiplication and addition of a normalization are rounded once, as FMA does it */
+};
+
+/* In the order of the fields of hf_bnn/kernels/library.py, Conv2dLayer: what does not change from call to call. */
+struct conv2d_layer {
+    struct conv2d_shape shape; /* groups is 1 */
+    const float *threshold;
+    int64_t per_input;
+    const uint32_t *weights;
+    const int32_t *corners;
+    const float *scale, *shift, *bias;
+    struct conv2d_epilogue epilogue;
+    const float *next_threshold; /* of the bits that are put out */
+    int64_t next_per_output;
+};
+
 /* Raised with every change of a function here: a library built from older sources is not called. */
 EXPORTED int64_t hf_bnn_interface(void);
 
@@ -59,6 +81,13 @@ EXPORTED int hf_bnn_conv2d(int64_t set, parallel_for pool, int64_t threads, cons
                            const float *x, const float *threshold, int per_input, const uint32_t *weights,
                            const int32_t *corners, const float *scale, const float *shift, const float *bias,
                            float *out);
+
+/* The same with what follows a convolution. The input is floats `x` or, where `x` is NULL, bits [pixel][word]. The
+ * output is NHWC floats, or the bits of the next layer's input [pixel][word], or both; NULL: that one is not wanted.
+ * `shortcut`: NHWC floats in the shape of the output, or NULL; it may be `out` itself. */
+EXPORTED int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads, const struct conv2d_layer *layer,
+                                 const float *x, const uint32_t *bits, const float *shortcut, float *out,
+                                 uint32_t *out_bits);
 
 /* For benchmarks: counts differing bits in registers; returns how many it compared, 0 if the processor cannot. */
 EXPORTED int64_t hf_bnn_count_bits(int64_t rounds);
