@@ -1,19 +1,24 @@
 """Fast products of 1-bit weights: compiled kernels, and the same in torch where there are none."""
 
 from .conv2d import conv2d
+from .conv2d_block import Conv2dBlock, Epilogue, conv2d_block, normalization
 from .ffn import ffn
 from .library import available, backend, using
 from .linear import linear, linear_weight_only
 from .weights import Conv2dWeight, LinearWeight
 
 __all__ = [
+    "Conv2dBlock",
     "Conv2dWeight",
+    "Epilogue",
     "LinearWeight",
     "available",
     "backend",
     "conv2d",
+    "conv2d_block",
     "ffn",
     "linear",
     "linear_weight_only",
+    "normalization",
     "using",
 ]

@@ -42,7 +42,7 @@ def conv2d(
     )
 
 
-def _out_sizes(size: tuple, corners: tuple, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+def conv2d_sizes(size: tuple, corners: tuple, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
     return [(size[2 + i] + 2 * padding[i] - dilation[i] * (corners[i] - 2) - 1) // stride[i] + 1 for i in range(2)]
 
 
@@ -98,7 +98,7 @@ class Geometry(NamedTuple):
         readable = strides[1] == 1 or strides[3] == 1
         if not readable:
             strides = (size[1] * size[2] * size[3], size[2] * size[3], size[3], 1)
-        (height, width) = _out_sizes(size, corners, stride, padding, dilation)
+        (height, width) = conv2d_sizes(size, corners, stride, padding, dilation)
         if kernel == (1, 1) and strides[1] == 1 and not any(padding):  # the other pixels need not be packed
             strides = (*strides[:2], strides[2] * stride[0], strides[3] * stride[1])
             size, stride = (*size[:2], height, width), (1, 1)
@@ -141,7 +141,7 @@ def _conv2d(
     key = (images.shape, images.stride(), weight.shape, weight.dtype, corners.shape, vectors, settings)
     geometry = _GEOMETRIES.get(key)
     if geometry is None:
-        sizes = _out_sizes(x.shape, corners.shape, stride, padding, dilation)
+        sizes = conv2d_sizes(x.shape, corners.shape, stride, padding, dilation)
         _check_conv2d(x, weight, corners, scale, shift, bias, sizes, padding, groups, thresholds)
         window = (tuple(stride), tuple(padding), tuple(dilation), groups)
         geometry = Geometry.of(images.shape, images.stride(), corners.shape, *window)
@@ -186,7 +186,7 @@ def _fake_conv2d(
     *settings: object,
     **named: object,
 ) -> Tensor:
-    shape = (x.shape[0], scale.shape[0], *_out_sizes(x.shape, corners.shape, stride, padding, dilation))
+    shape = (x.shape[0], scale.shape[0], *conv2d_sizes(x.shape, corners.shape, stride, padding, dilation))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

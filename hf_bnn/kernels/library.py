@@ -40,6 +40,7 @@ class Conv2dEpilogue(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("alpha", "beta", "shortcut_alpha", "shortcut_beta")),
         *((name, c_void_p) for name in ("rprelu_shift", "rprelu_slope", "rprelu_offset")),
+        ("shortcut_group", c_int64),
         ("fused", c_int64),
     )
 
@@ -53,8 +54,6 @@ class Conv2dLayer(ctypes.Structure):
         ("per_input", c_int64),
         *((name, c_void_p) for name in ("weights", "corners", "scale", "shift", "bias")),
         ("epilogue", Conv2dEpilogue),
-        ("next_threshold", c_void_p),
-        ("next_per_output", c_int64),
     )
 
 
@@ -71,7 +70,7 @@ _SIGNATURES = {
     "hf_bnn_linear_weight_only": (c_int, (*_CALL, *_ROWS, *_MATRIX, c_void_p)),
     "hf_bnn_ffn": (c_int, (*_CALL, *_ROWS, *_THRESHOLD, *_MATRIX, c_float, c_float, *_MATRIX, c_void_p)),
     "hf_bnn_conv2d": (c_int, (*_CALL, c_void_p, c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
-    "hf_bnn_conv2d_block": (c_int, (*_CALL, *(c_void_p,) * 6)),
+    "hf_bnn_conv2d_block": (c_int, (*_CALL, *(c_void_p,) * 6, *_THRESHOLD)),
 }
 
 

@@ -28,7 +28,8 @@ struct conv2d {
     struct range *rows, *columns;
     int64_t row_classes, column_classes;
     float *out;
-    uint32_t *out_bits;
+    uint32_t *out_bits; /* [pixel][word], of signs against `next_threshold` */
+    struct threshold next_threshold;
     uint32_t *bits; /* [batch][padded height][padded width][groups][words] */
     int64_t group_words, pixel_words, padded_height, padded_width;
     int64_t rows_per_part, parts_per_image, pixels_per_block;
@@ -195,8 +196,8 @@ static void find_pixels(const struct conv2d *c, int64_t first, int64_t g, struct
 static void multiply_and_finish(const struct conv2d *c, const struct block *block, int64_t first)
 {
     float sums[BLOCK_ROWS * CHUNK];
-    const struct conv2d_layer *layer = c->layer;
     const int64_t outputs = c->shape->outputs, words = words_of(outputs);
+    const int64_t group = c->layer->epilogue.shortcut_group;
     struct product product = c->product;
     product.out_step = CHUNK;
     for (int64_t begin = 0; begin < outputs; begin += CHUNK) {
@@ -204,10 +205,11 @@ static void multiply_and_finish(const struct conv2d *c, const struct block *bloc
         float *to = c->out ? c->out + first * outputs + begin : sums;
         const int64_t to_step = c->out ? outputs : CHUNK;
         c->set->multiply(&product, block, panel, panel + divide_up(count, PANEL), sums);
-        c->set->finish(&layer->epilogue, begin, count, block->count, sums,
-                       c->shortcut ? c->shortcut + first * outputs + begin : NULL, outputs, to, to_step);
+        c->set->finish(&c->layer->epilogue, begin, count, block->count, sums,
+                       c->shortcut ? c->shortcut + (first * outputs + begin) * group : NULL, outputs * group, to,
+                       to_step);
         if (c->out_bits) {
-            struct threshold t = {layer->next_threshold, (int)layer->next_per_output};
+            struct threshold t = c->next_threshold;
             t.values += t.per_input ? begin : 0;
             c->set->pack_rows(to, to_step, block->count, count, t, c->out_bits + first * words + begin / 32, words);
         }
@@ -332,7 +334,8 @@ int hf_bnn_conv2d(int64_t set, parallel_for pool, int64_t threads, const struct 
 }
 
 int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads, const struct conv2d_layer *layer,
-                        const float *x, const uint32_t *bits, const float *shortcut, float *out, uint32_t *out_bits)
+                        const float *x, const uint32_t *bits, const float *shortcut, float *out, uint32_t *out_bits,
+                        const float *next_threshold, int next_per_output)
 {
     struct conv2d c = {
         .shape = &layer->shape,
@@ -344,6 +347,7 @@ int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads, const s
         .shortcut = shortcut,
         .out = out,
         .out_bits = out_bits,
+        .next_threshold = {next_threshold, next_per_output},
     };
     return run(&c, set, pool, threads, layer->corners, layer->shift, layer->bias);
 }

@@ -30,6 +30,21 @@ INLINE floats rprelu(floats x, const struct conv2d_epilogue *e, int64_t i, int64
     return x + load_some(e->rprelu_offset + i, count);
 }
 
+/* The first `count` <= LANES of the shortcut's values from `x` on; means are summed one after the other, as torch does
+ * it. */
+INLINE floats shortcut_values(const float *x, int64_t group, int64_t count)
+{
+    if (group == 1) {
+        return load_some(x, count);
+    }
+    floats sums = {0};
+    for (int64_t i = 0; i < smaller(count, LANES); i++) {
+        const float *from = x + i * group;
+        sums[i] = group == 2 ? from[0] + from[1] : from[0] + from[1] + from[2] + from[3];
+    }
+    return sums * (group == 2 ? 0.5f : 0.25f);
+}
+
 INLINE void finish_row(const struct conv2d_epilogue *e, int64_t first, int64_t count, const int fused,
                        const float *sums, const float *shortcut, float *out)
 {
@@ -40,7 +55,7 @@ INLINE void finish_row(const struct conv2d_epilogue *e, int64_t first, int64_t c
             y = normalized(y, e->alpha + first + i, e->beta + first + i, fused, some);
         }
         if (shortcut) {
-            floats x = load_some(shortcut + i, some);
+            floats x = shortcut_values(shortcut + i * e->shortcut_group, e->shortcut_group, some);
             if (e->shortcut_alpha) {
                 x = normalized(x, e->shortcut_alpha + first + i, e->shortcut_beta + first + i, fused, some);
             }

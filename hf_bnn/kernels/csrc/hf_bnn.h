@@ -31,6 +31,7 @@ struct conv2d_epilogue {
     const float *alpha, *beta;                   /* batch normalization: y = y * alpha + beta */
     const float *shortcut_alpha, *shortcut_beta; /* the same for the shortcut, which is then added */
     const float *rprelu_shift, *rprelu_slope, *rprelu_offset; /* y - shift; below 0 times slope; + offset */
+    int64_t shortcut_group; /* the shortcut has so many channels for each output, and their mean is added: 1, 2 or 4 */
     int64_t fused; /* whether multiplication and addition of a normalization are rounded once, as FMA does it */
 };
 
@@ -43,8 +44,6 @@ struct conv2d_layer {
     const int32_t *corners;
     const float *scale, *shift, *bias;
     struct conv2d_epilogue epilogue;
-    const float *next_threshold; /* of the bits that are put out */
-    int64_t next_per_output;
 };
 
 /* Raised with every change of a function here: a library built from older sources is not called. */
@@ -83,11 +82,12 @@ EXPORTED int hf_bnn_conv2d(int64_t set, parallel_for pool, int64_t threads, cons
                            float *out);
 
 /* The same with what follows a convolution. The input is floats `x` or, where `x` is NULL, bits [pixel][word]. The
- * output is NHWC floats, or the bits of the next layer's input [pixel][word], or both; NULL: that one is not wanted.
- * `shortcut`: NHWC floats in the shape of the output, or NULL; it may be `out` itself. */
+ * output is NHWC floats, or the bits [pixel][word] of the next layer, whose `next_threshold` is one number or one per
+ * output, or both; NULL: that one is not wanted. `shortcut`: NHWC floats, shortcut_group for
+ * each of the output's, or NULL; it may be `out` itself. */
 EXPORTED int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads, const struct conv2d_layer *layer,
                                  const float *x, const uint32_t *bits, const float *shortcut, float *out,
-                                 uint32_t *out_bits);
+                                 uint32_t *out_bits, const float *next_threshold, int next_per_output);
 
 /* For benchmarks: counts differing bits in registers; returns how many it compared, 0 if the processor cannot. */
 EXPORTED int64_t hf_bnn_count_bits(int64_t rounds);
