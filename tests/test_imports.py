@@ -21,6 +21,7 @@ FLOORS = [
     {"levels", "products", "methods", "embeddings", "kernels"},
     {"layers"},
     {"packed", "attention"},
+    {"fused"},
     {"convert", "summary"},
     {"training", "diagnostics", "distillation", "glue"},
     {"models", "selection", "checked_trainer"},
