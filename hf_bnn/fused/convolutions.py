@@ -6,7 +6,7 @@ there is something that they do not know (training, gradients, other dtypes or d
 torch.compile, layers of another kind), the class behind them runs as if they were not there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,6 @@ from ..activations import RPReLU
 from ..kernels import Conv2dBlock, Epilogue, backend, normalization
 from ..kernels.conv2d_block import GROUPS, Level, rounds_once
 from ..kernels.operands import runs_directly
-from ..levels import SignedLevels
 from ..packed import PackedConv2d
 
 

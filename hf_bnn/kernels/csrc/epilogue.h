@@ -45,39 +45,63 @@ INLINE floats shortcut_values(const float *x, int64_t group, int64_t count)
     return sums * (group == 2 ? 0.5f : 0.25f);
 }
 
-INLINE void finish_row(const struct conv2d_epilogue *e, int64_t first, int64_t count, const int fused,
-                       const float *sums, const float *shortcut, float *out)
+/* What most rows need has a case of its own, `usual`: whole vectors, a normalization, a plain shortcut or none. */
+INLINE void finish_rows(const struct conv2d_epilogue e, const int usual, const int fused, const int around,
+                        int64_t count, int64_t rows, const float *sums, const float *shortcut, int64_t shortcut_step,
+                        float *out, int64_t out_step)
 {
-    for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t some = count - i;
-        floats y = load_some(sums + i, some);
-        if (e->alpha) {
-            y = normalized(y, e->alpha + first + i, e->beta + first + i, fused, some);
-        }
-        if (shortcut) {
-            floats x = shortcut_values(shortcut + i * e->shortcut_group, e->shortcut_group, some);
-            if (e->shortcut_alpha) {
-                x = normalized(x, e->shortcut_alpha + first + i, e->shortcut_beta + first + i, fused, some);
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = sums + row * CHUNK, *beside = around ? shortcut + row * shortcut_step : NULL;
+        float *to = out + row * out_step;
+        for (int64_t i = 0; i < count; i += LANES) {
+            const int64_t some = usual ? LANES : count - i;
+            floats y = load_some(from + i, some);
+            if (usual || e.alpha) {
+                y = normalized(y, e.alpha + i, e.beta + i, fused, some);
             }
-            y += x;
+            if (usual && around) {
+                y += LOAD(floats, beside + i);
+            } else if (around) {
+                floats x = shortcut_values(beside + i * e.shortcut_group, e.shortcut_group, some);
+                y += e.shortcut_alpha ? normalized(x, e.shortcut_alpha + i, e.shortcut_beta + i, fused, some) : x;
+            }
+            if (!usual && e.rprelu_shift) {
+                y = rprelu(y, &e, i, some);
+            }
+            store_some(to + i, y, some);
         }
-        if (e->rprelu_shift) {
-            y = rprelu(y, e, first + i, some);
-        }
-        store_some(out + i, y, some);
     }
 }
 
-TARGET static void finish(const struct conv2d_epilogue *e, int64_t first, int64_t count, int64_t rows,
+/* `e` with its arrays from output `first` on. */
+INLINE struct conv2d_epilogue from_output(const struct conv2d_epilogue *e, int64_t first)
+{
+    struct conv2d_epilogue moved = *e;
+    const float **arrays[] = {&moved.alpha,         &moved.beta,         &moved.shortcut_alpha, &moved.shortcut_beta,
+                              &moved.rprelu_shift, &moved.rprelu_slope, &moved.rprelu_offset};
+    for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
+        *arrays[i] = *arrays[i] ? *arrays[i] + first : NULL;
+    }
+    return moved;
+}
+
+#define FINISH_ROWS(usual, fused, around) \
+    finish_rows(e, usual, fused, around, count, rows, sums, shortcut, shortcut_step, out, out_step)
+
+TARGET static void finish(const struct conv2d_epilogue *all, int64_t first, int64_t count, int64_t rows,
                           const float *sums, const float *shortcut, int64_t shortcut_step, float *out,
                           int64_t out_step)
 {
-    for (int64_t row = 0; row < rows; row++, sums += CHUNK, out += out_step) {
-        if (e->fused) {
-            finish_row(e, first, count, 1, sums, shortcut, out);
-        } else {
-            finish_row(e, first, count, 0, sums, shortcut, out);
-        }
-        shortcut = shortcut ? shortcut + shortcut_step : NULL;
+    const struct conv2d_epilogue e = from_output(all, first);
+    const int usual = e.alpha && !e.shortcut_alpha && !e.rprelu_shift && count % LANES == 0 && e.fused &&
+                      (!shortcut || e.shortcut_group == 1);
+    if (usual && shortcut) {
+        FINISH_ROWS(1, 1, 1);
+    } else if (usual) {
+        FINISH_ROWS(1, 1, 0);
+    } else if (e.fused) {
+        FINISH_ROWS(0, 1, shortcut != NULL);
+    } else {
+        FINISH_ROWS(0, 0, shortcut != NULL);
     }
 }
