@@ -301,6 +301,34 @@ static void check_convolution(int set, parallel_for pool, int last)
     free(x), free(w), free(ones), free(bias), free(y), free(panels), free(corners);
 }
 
+static void check_pooling(int set, parallel_for pool)
+{
+    struct pool_shape s = {.batch = 1 + below(2), .height = 4 + below(6), .width = 4 + below(6), .channels = 1 + below(40)};
+    for (int i = 0; i < 2; i++) {
+        s.kernel[i] = 1 + below(4), s.stride[i] = 1 + below(3), s.padding[i] = below(s.kernel[i] / 2 + 1);
+    }
+    s.out_height = (s.height + 2 * s.padding[0] - s.kernel[0]) / s.stride[0] + 1;
+    s.out_width = (s.width + 2 * s.padding[1] - s.kernel[1]) / s.stride[1] + 1;
+    const int64_t pixels = s.out_height * s.out_width;
+    float *x = numbers(s.batch * s.height * s.width * s.channels), *alpha = numbers(s.channels);
+    float *beta = numbers(s.channels), *y = array(s.batch * pixels * s.channels, sizeof *y);
+    failures += hf_bnn_max_pool(set, pool, 3, &s, x, alpha, beta, (int)below(2), y);
+    for (int64_t i = 0; i < s.batch * pixels * s.channels; i++) {
+        const int64_t c = i % s.channels, pixel = i / s.channels % pixels, image = i / s.channels / pixels;
+        float most = -INFINITY;
+        for (int64_t k = 0; k < s.kernel[0] * s.kernel[1]; k++) {
+            const int64_t row = pixel / s.out_width * s.stride[0] - s.padding[0] + k / s.kernel[1];
+            const int64_t column = pixel % s.out_width * s.stride[1] - s.padding[1] + k % s.kernel[1];
+            if (row >= 0 && row < s.height && column >= 0 && column < s.width) {
+                float value = x[((image * s.height + row) * s.width + column) * s.channels + c];
+                most = value > most || isnan(value) ? value : most;
+            }
+        }
+        expect(set, "pooling", i, y[i], most * alpha[c] + beta[c], 0);
+    }
+    free(x), free(alpha), free(beta), free(y);
+}
+
 int main(void)
 {
     static const int64_t sizes[] = {0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130};
@@ -315,6 +343,7 @@ int main(void)
             check_matrices(set, pool, sizes[below(count)], sizes[below(count)], sizes[below(count)],
                            sizes[below(count)]);
             check_convolution(set, pool, round / 2 % 2);
+            check_pooling(set, pool);
         }
     }
     printf("%d failures\n", failures);

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import RPReLU
-from ..kernels import Conv2dBlock, Epilogue, backend, normalization
+from ..kernels import Conv2dBlock, Epilogue, backend, max_pool, normalization
 from ..kernels.conv2d_block import GROUPS, Level, rounds_once
 from ..kernels.operands import runs_directly
 from ..packed import PackedConv2d
@@ -66,6 +66,11 @@ def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     return normalization(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
 
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def block_of(unit: nn.Module, epilogue: Epilogue) -> Conv2dBlock | None:
     """A unit's `convolution`, `normalization`, what `epilogue` says of its shortcut, and `activation`."""
     conv, affine, activation = unit.convolution, affine_of(unit.normalization), unit.activation
@@ -102,22 +107,14 @@ class Shortcut(NamedTuple):
         return cls(module.convolution, Epilogue(shortcut_alpha=affine[0], shortcut_beta=affine[1]))
 
 
-class FusedBlock:
-    """The base of residual blocks whose units run as one call each. Hooks on the modules inside do not run."""
+class Fused:
+    """The base of all: what is made of the weights is made once."""
 
     _prepared: tuple[Subtree, Any] | None = None
 
     def prepare(self) -> Any:
-        """What `run` takes, made of the present weights; None if there is something that cannot be fused."""
+        """What is made of the present weights; None if there is something that cannot be fused."""
         raise NotImplementedError(f"{type(self).__name__} must say what it runs")
-
-    def run(self, prepared: Any, x: Signs, next_level: Level | None) -> Signs:
-        """The block's output, and the bits of it against `next_level` if there is one."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it runs")
-
-    def first_level(self, prepared: Any) -> Level:
-        """What the block's input is compared with."""
-        raise NotImplementedError(f"{type(self).__name__} must say what its first convolution is")
 
     def ready(self) -> Any:
         """What `prepare` makes, anew when something that it is made of has changed; None: nothing is to be fused."""
@@ -127,12 +124,45 @@ class FusedBlock:
         subtree, prepared = self._prepared
         return None if subtree.training() else prepared
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # addresses: a copy, or a pickle, makes its own
+
+
+class FusedStem(Fused):
+    """A stem `embedder.convolution`, `pooler`, `embedder.normalization`: the last two run as one call.
+
+    Their hooks do not run; those of the convolution do.
+    """
+
+    def prepare(self) -> tuple[Tensor, ...] | None:
+        pool, affine = self.pooler, affine_of(self.embedder.normalization)
+        if type(pool) is not nn.MaxPool2d or affine is None or pool.ceil_mode or pool.return_indices:
+            return None
+        window = [pair(size) for size in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+        return (*affine, *window[:3]) if window[3] == (1, 1) else None
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        prepared = self.ready() if runs_fused(pixel_values) and pixel_values.shape[1] == self.num_channels else None
+        if prepared is None:
+            return super().forward(pixel_values)
+        images = pixel_values.contiguous(memory_format=torch.channels_last)
+        return max_pool(self.embedder.convolution(images), *prepared)
+
+
+class FusedBlock(Fused):
+    """The base of residual blocks whose units run as one call each. Hooks on the modules inside do not run."""
+
+    def run(self, prepared: Any, x: Signs, next_level: Level | None) -> Signs:
+        """The block's output, and the bits of it against `next_level` if there is one."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it runs")
+
+    def first_level(self, prepared: Any) -> Level:
+        """What the block's input is compared with."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its first convolution is")
+
     def forward(self, x: Tensor) -> Tensor:
         prepared = self.ready() if runs_fused(x) else None
         return super().forward(x) if prepared is None else self.run(prepared, Signs(x), None).images
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # addresses: a copy, or a pickle, makes its own
 
 
 class FusedBasicBlock(FusedBlock):

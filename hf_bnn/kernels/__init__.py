@@ -5,6 +5,7 @@ from .conv2d_block import Conv2dBlock, Epilogue, conv2d_block, normalization
 from .ffn import ffn
 from .library import available, backend, using
 from .linear import linear, linear_weight_only
+from .pooling import max_pool
 from .weights import Conv2dWeight, LinearWeight
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ffn",
     "linear",
     "linear_weight_only",
+    "max_pool",
     "normalization",
     "using",
 ]

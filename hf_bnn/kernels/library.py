@@ -57,6 +57,16 @@ class Conv2dLayer(ctypes.Structure):
     )
 
 
+class PoolShape(ctypes.Structure):
+    """`struct pool_shape` of csrc/hf_bnn.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "height", "width", "channels")),
+        *((name, c_int64 * 2) for name in ("kernel", "stride", "padding")),
+        *((name, c_int64) for name in ("out_height", "out_width")),
+    )
+
+
 _CALL = (c_int64, c_void_p, c_int64)  # instruction set, thread pool or None, threads
 _ROWS = (c_void_p, c_int64, c_int64, c_int64)  # inputs, floats from row to row, rows, inputs in a row
 _THRESHOLD = (c_void_p, c_int)  # values, whether there is one per input
@@ -71,6 +81,7 @@ _SIGNATURES = {
     "hf_bnn_ffn": (c_int, (*_CALL, *_ROWS, *_THRESHOLD, *_MATRIX, c_float, c_float, *_MATRIX, c_void_p)),
     "hf_bnn_conv2d": (c_int, (*_CALL, c_void_p, c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
     "hf_bnn_conv2d_block": (c_int, (*_CALL, *(c_void_p,) * 6, *_THRESHOLD)),
+    "hf_bnn_max_pool": (c_int, (*_CALL, *(c_void_p,) * 4, c_int, c_void_p)),
 }
 
 

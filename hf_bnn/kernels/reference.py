@@ -150,6 +150,14 @@ def conv2d_block(
     return images, words
 
 
+def max_pool(
+    x: Tensor, alpha: Tensor, beta: Tensor, kernel: list[int], stride: list[int], padding: list[int]
+) -> Tensor:
+    """See kernels.max_pool."""
+    y = normalized(F.max_pool2d(x, kernel, stride, padding), alpha, beta)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
 def ffn(
     x: Tensor,
     first: Tensor,

@@ -17,7 +17,7 @@ from transformers.models.resnet.modeling_resnet import (
 
 from ..activations import RPReLU
 from ..convert import replace_modules
-from ..fused.convolutions import FusedBasicBlock, FusedBottleNeckBlock, FusedStage
+from ..fused.convolutions import FusedBasicBlock, FusedBottleNeckBlock, FusedStage, FusedStem
 from ..levels import SignedLevels, ThresholdLevels
 from .base import BinaryConfigFields, BinaryModelMixin, check_choice
 
@@ -171,6 +171,10 @@ def resized(x: Tensor, conv: nn.Conv2d) -> Tensor:
 BIREAL = {ResNetBasicLayer: BiRealBasicLayer, ResNetBottleNeckLayer: BiRealBottleNeckLayer}
 
 
+class FusedBiRealStem(FusedStem, BiRealStem):
+    """A BiRealStem that pools and normalizes in one call."""
+
+
 class FusedBiRealBasicLayer(FusedBasicBlock, BiRealBasicLayer):
     """A packed BiRealBasicLayer that runs each convolution with all that follows it as one call."""
 
@@ -186,6 +190,7 @@ class FusedResNetStage(FusedStage, ResNetStage):
 
 
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    BiRealStem: FusedBiRealStem,
     BiRealBasicLayer: FusedBiRealBasicLayer,
     BiRealBottleNeckLayer: FusedBiRealBottleNeckLayer,
     ResNetStage: FusedResNetStage,

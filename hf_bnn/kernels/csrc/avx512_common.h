@@ -34,3 +34,4 @@ INLINE floats multiply_add(floats a, floats b, floats c)
 
 #include "packing.h"
 #include "epilogue.h"
+#include "pooling.h"

@@ -25,6 +25,12 @@ struct conv2d_shape {
     int64_t out_height, out_width;
 };
 
+/* In the order of the fields of hf_bnn/kernels/library.py, PoolShape. Every window has a pixel of the image. */
+struct pool_shape {
+    int64_t batch, height, width, channels; /* of the input, NHWC without gaps */
+    int64_t kernel[2], stride[2], padding[2], out_height, out_width;
+};
+
 /* What follows a sum and its scale, in this order, each operation rounded; NULL where it is left out. Arrays have a
  * number for each output. */
 struct conv2d_epilogue {
@@ -88,6 +94,10 @@ EXPORTED int hf_bnn_conv2d(int64_t set, parallel_for pool, int64_t threads, cons
 EXPORTED int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads, const struct conv2d_layer *layer,
                                  const float *x, const uint32_t *bits, const float *shortcut, float *out,
                                  uint32_t *out_bits, const float *next_threshold, int next_per_output);
+
+/* The largest value of each window, or NaN if it has one, times alpha plus beta. NHWC floats. */
+EXPORTED int hf_bnn_max_pool(int64_t set, parallel_for pool, int64_t threads, const struct pool_shape *shape,
+                             const float *x, const float *alpha, const float *beta, int fused, float *out);
 
 /* For benchmarks: counts differing bits in registers; returns how many it compared, 0 if the processor cannot. */
 EXPORTED int64_t hf_bnn_count_bits(int64_t rounds);

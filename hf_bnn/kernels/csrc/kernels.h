@@ -83,6 +83,9 @@ struct instruction_set {
      * `shortcut_step` in `shortcut` (or NULL), `out_step` in `out`, which may be either of them. */
     void (*finish)(const struct conv2d_epilogue *e, int64_t first, int64_t count, int64_t rows, const float *sums,
                    const float *shortcut, int64_t shortcut_step, float *out, int64_t out_step);
+    /* Row y of the output for one image. */
+    void (*max_pool)(const struct pool_shape *s, const float *image, int64_t y, const float *alpha, const float *beta,
+                     int fused, float *out);
     /* Floats that `prepare_inputs` writes for a row of the weight-only product, and the product of `rows` rows. */
     int64_t (*prepared_size)(int64_t inputs);
     void (*prepare_inputs)(const float *x, int64_t inputs, float *out);

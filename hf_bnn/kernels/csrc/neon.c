@@ -35,6 +35,7 @@ INLINE floats multiply_add(floats a, floats b, floats c)
 
 #include "packing.h"
 #include "epilogue.h"
+#include "pooling.h"
 #include "tile.h"
 #include "weight_only.h"
 

@@ -16,6 +16,7 @@ INLINE words count_bits(words v)
 
 #include "packing.h"
 #include "epilogue.h"
+#include "pooling.h"
 #include "tile.h"
 #include "weight_only.h"
 
