@@ -211,6 +211,14 @@ def test_other_dtypes_run_as_before(dtype: torch.dtype, monkeypatch: pytest.Monk
     assert seen == []
 
 
+def test_autocast_runs_as_before(monkeypatch: pytest.MonkeyPatch):
+    model, x = packed_model(), torch.randn(2, 3, 32, 32)
+    fast, seen = fused(model), calls(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x).logits, model(x).logits)
+    assert seen == []
+
+
 def test_gradients_and_training_run_as_before(monkeypatch: pytest.MonkeyPatch):
     model, x = packed_model(), torch.randn(2, 3, 32, 32)
     fast, seen = fused(model), calls(monkeypatch)

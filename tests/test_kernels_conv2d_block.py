@@ -205,10 +205,12 @@ def test_wrong_sizes_are_refused():
     block = Conv2dBlock(weight, scale)
     with pytest.raises(ValueError, match=r"inputs of shape \(1, 6, 6, 6\): expected 5 channels"):
         block(torch.randn(1, 6, 6, 6))
-    with pytest.raises(ValueError, match=r"a shortcut of shape \(1, 4, 6, 6\): expected \(1, 4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"a shortcut of torch.float32 and shape \(1, 4, 6, 6\): expected"):
         block(x, None, torch.randn(1, 4, 6, 6))
-    with pytest.raises(ValueError, match="bits of 4 words: expected 2"):
+    with pytest.raises(ValueError, match=r"bits of 4 words, torch.int32: expected 2, int32"):
         block(None, torch.zeros(1, 6, 6, 4, dtype=torch.int32))
+    with pytest.raises(TypeError, match=r"inputs of torch.float64: a block takes float32"):
+        block(x.double())
     with pytest.raises(ValueError, match="the kernel does not fit"):
         block(x[:, :, :2])
     with pytest.raises(ValueError, match=r"shape \(3,\): expected one number for each of 4"):

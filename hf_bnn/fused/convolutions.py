@@ -54,7 +54,13 @@ class Subtree:
 
 def runs_fused(x: Tensor) -> bool:
     """Whether a fused block takes `x` now."""
-    return x.dtype == torch.float32 and not torch.is_grad_enabled() and runs_directly(x) and x.numel() > 0
+    return (
+        x.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and runs_directly(x)
+        and not torch.is_autocast_enabled("cpu")
+        and x.numel() > 0
+    )
 
 
 def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:

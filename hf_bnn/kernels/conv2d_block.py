@@ -149,11 +149,14 @@ class Conv2dBlock:
         the floats take the place of those of the shortcut, whose shape and strides must be theirs.
         """
         if bits is None:
+            if x.dtype != torch.float32:
+                raise TypeError(f"inputs of {x.dtype}: a block takes float32")
             key = x.shape, x.stride()
         else:
             n, height, width, words = bits.shape
-            if words != words_of(self.in_channels):
-                raise ValueError(f"bits of {words} words: expected {words_of(self.in_channels)}")
+            if words != words_of(self.in_channels) or bits.dtype != torch.int32:
+                raise ValueError(f"bits of {words} words, {bits.dtype}: expected {words_of(self.in_channels)}, int32")
+            bits = bits.contiguous()
             channels = self.in_channels
             key = (n, channels, height, width), (height * width * channels, 1, width * channels, channels)
         geometry, _, address = self.geometries.get(key) or self.geometry(*key)
@@ -189,8 +192,9 @@ class Conv2dBlock:
     def checked_shortcut(self, shortcut: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """`shortcut`, channels last and without gaps."""
         expected = (sizes[0], sizes[1] * self.epilogue.shortcut_group, *sizes[2:])
-        if shortcut.shape != expected:
-            raise ValueError(f"a shortcut of shape {tuple(shortcut.shape)}: expected {expected}")
+        if shortcut.shape != expected or shortcut.dtype != torch.float32:
+            found = f"{shortcut.dtype} and shape {tuple(shortcut.shape)}"
+            raise ValueError(f"a shortcut of {found}: expected float32 and {expected}")
         return shortcut.contiguous(memory_format=torch.channels_last)
 
 
