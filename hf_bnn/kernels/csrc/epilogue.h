@@ -37,12 +37,18 @@ INLINE floats shortcut_values(const float *x, int64_t group, int64_t count)
     if (group == 1) {
         return load_some(x, count);
     }
-    floats sums = {0};
-    for (int64_t i = 0; i < smaller(count, LANES); i++) {
-        const float *from = x + i * group;
-        sums[i] = group == 2 ? from[0] + from[1] : from[0] + from[1] + from[2] + from[3];
+    float sums[LANES] = {0}; /* an array: compilers make vectors of loops over one */
+    if (count >= LANES && group == 4) {
+        for (int i = 0; i < LANES; i++) {
+            sums[i] = x[4 * i] + x[4 * i + 1] + x[4 * i + 2] + x[4 * i + 3];
+        }
+    } else {
+        for (int64_t i = 0; i < smaller(count, LANES); i++) {
+            const float *from = x + i * group;
+            sums[i] = group == 2 ? from[0] + from[1] : from[0] + from[1] + from[2] + from[3];
+        }
     }
-    return sums * (group == 2 ? 0.5f : 0.25f);
+    return LOAD(floats, sums) * (group == 2 ? 0.5f : 0.25f);
 }
 
 /* What most rows need has a case of its own, `usual`: whole vectors, a normalization, a plain shortcut or none. */
