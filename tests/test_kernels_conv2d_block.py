@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from test_kernels import backend, conv2d_weight, every_backend, every_compiled_backend, values
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bnn import kernels
 from hf_bnn.kernels import Epilogue, library, reference
 from hf_bnn.kernels.conv2d_block import Conv2dBlock, Level, rounds_once
+from hf_bnn.kernels.operands import runs_directly
 
 __all__ = ["backend"]
 every_seed = pytest.mark.parametrize("seed", range(30))
@@ -196,6 +199,35 @@ def test_blocks_can_be_exported():
 def test_blocks_can_be_compiled():
     net, x = TwoBlocks(), torch.randn(2, 24, 6, 5)
     assert torch.equal(torch.compile(net, fullgraph=True, backend="aot_eager")(x), net(x))
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_calls_that_skip_the_dispatcher_do_so_only_where_nothing_looks_on():
+    x, weight, ones = torch.randn(1, 5, 6, 6), conv2d_weight(torch.randn(4, 5, 3, 3)), torch.ones(5)
+    expected = kernels.conv2d(x, weight, torch.ones(4))
+    with Seen() as seen:
+        found = kernels.conv2d(x, weight, torch.ones(4))
+        kernels.max_pool(x, ones, ones, (2, 2), (2, 2))
+    assert torch.equal(found, expected)
+    assert {"hf_bnn::conv2d", "hf_bnn::max_pool"} <= set(seen.names)
+    graph = make_fx(lambda images: kernels.conv2d(images, weight, torch.ones(4)))(x).graph
+    assert torch.ops.hf_bnn.conv2d.default in [node.target for node in graph.nodes]
+    assert runs_directly(x)
+    answers = []
+    torch.vmap(lambda images: answers.append(runs_directly(images)) or images)(x[None])
+    assert answers == [False]
+    assert not runs_directly(nn.Parameter(x)), "subclasses have a dispatch of their own"
 
 
 def test_wrong_sizes_are_refused():

@@ -28,7 +28,10 @@ class Signs(NamedTuple):
 
 
 class Subtree:
-    """A module's parts and tensors as they were, to see whether any has been replaced or written to since then."""
+    """A module's parts and tensors as they were, to see whether any has been replaced or written to since then.
+
+    Not watched: numbers such as a stride or an eps, and what is written into inference tensors, which have no version.
+    """
 
     def __init__(self, root: nn.Module):
         self.modules = list(root.modules())
@@ -65,9 +68,10 @@ def runs_fused(x: Tensor) -> bool:
 
 def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """alpha and beta of a batch normalization in evaluation; None for what is not one, or cannot be repeated."""
-    if type(norm) is not nn.BatchNorm2d or norm.running_var is None or norm.running_var.dtype != torch.float32:
+    if type(norm) is not nn.BatchNorm2d or norm.running_var is None or rounds_once() is None:
         return None
-    if rounds_once() is None or not norm.running_var.is_cpu:
+    values = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    if not all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in values):
         return None
     return normalization(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
 
@@ -82,8 +86,7 @@ def block_of(unit: nn.Module, epilogue: Epilogue) -> Conv2dBlock | None:
     conv, affine, activation = unit.convolution, affine_of(unit.normalization), unit.activation
     if type(conv) is not PackedConv2d or not conv.binary_inputs or conv.groups != 1 or affine is None:
         return None
-    laid_out = conv.laid_out()
-    weight, scale, bias, shift, *geometry, threshold = laid_out
+    weight, scale, bias, shift, *geometry, threshold = conv.laid_out()
     if weight.data.dtype != torch.int32 or scale.dtype != torch.float32:
         return None
     rprelu = None
@@ -104,7 +107,7 @@ class Shortcut(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> "Shortcut":
-        """A block's own shortcut: nothing, a convolution with its normalization, or anything else."""
+        """A block's own shortcut: nothing, a `convolution` and a `normalization` of it, or anything else."""
         if type(module) is nn.Identity:
             return cls(None)
         affine = affine_of(getattr(module, "normalization", None))
