@@ -185,6 +185,98 @@ static double conv_at(const struct conv2d_shape *s, const float *x, const float 
     return sum;
 }
 
+/* Bits [row][word] of rows of signs. */
+static uint32_t *bits_of(const float *x, int64_t rows, int64_t channels, int64_t row_step, int64_t channel_step)
+{
+    const int64_t words = words_of(channels);
+    uint32_t *bits = array(rows * words, sizeof *bits);
+    memset(bits, 0, (size_t)(rows * words) * sizeof *bits);
+    for (int64_t i = 0; i < rows * channels; i++) {
+        const int64_t row = i / channels, k = i % channels;
+        const uint32_t bit = (uint32_t)(sign(x[row * row_step + k * channel_step]) < 0) << k % 32;
+        bits[row * words + k / 32] ^= bit;
+        if (k / 32 % 2 == 0) {
+            bits[row * words + k / 32 + 1] ^= bit;
+        }
+    }
+    return bits;
+}
+
+/* A convolution with everything that may follow it, on floats and on bits. All numbers are small integers or quarters
+ * of them, or NaN: no operation rounds. */
+static void check_block(int set, parallel_for pool, const struct conv2d_shape *s, const float *x, const float *w,
+                        const uint32_t *panels, const int32_t *corners, const float *ones, const float *none)
+{
+    const int64_t pixels = s->batch * s->out_height * s->out_width, outputs = s->outputs, area = s->height * s->width;
+    const int64_t group = (int64_t)1 << below(3), words = words_of(outputs), image = s->out_height * s->out_width;
+    float *vectors[7], *y = array(pixels * outputs, sizeof *y), *shortcut = numbers(pixels * outputs * group), zero = 0;
+    for (int i = 0; i < 7; i++) {
+        vectors[i] = numbers(outputs);
+    }
+    const int affine = below(2), around = below(3), active = below(2), packed = below(2); /* around 2: normalized */
+    struct conv2d_layer layer = {
+        .shape = *s,
+        .threshold = &zero,
+        .weights = panels,
+        .corners = corners,
+        .scale = ones,
+        .bias = none,
+        .epilogue = {.alpha = affine ? vectors[0] : NULL,
+                     .beta = affine ? vectors[1] : NULL,
+                     .shortcut_alpha = around == 2 ? vectors[2] : NULL,
+                     .shortcut_beta = around == 2 ? vectors[3] : NULL,
+                     .rprelu_shift = active ? vectors[4] : NULL,
+                     .rprelu_slope = active ? vectors[5] : NULL,
+                     .rprelu_offset = active ? vectors[6] : NULL,
+                     .shortcut_group = group,
+                     .fused = below(2)},
+    };
+    const int64_t in_words = area * words_of(s->channels), row_step = s->channel_step == 1 ? s->channels : 1;
+    uint32_t *in_bits = array(s->batch * in_words, sizeof *in_bits), *bits = array(pixels * words, sizeof *bits);
+    for (int64_t i = 0; i < s->batch; i++) {
+        uint32_t *of_image = bits_of(x + i * s->image_step, area, s->channels, row_step, s->channel_step);
+        memcpy(in_bits + i * in_words, of_image, (size_t)in_words * sizeof *of_image);
+        free(of_image);
+    }
+    failures += hf_bnn_conv2d_block(set, pool, 3, &layer, packed ? NULL : x, packed ? in_bits : NULL,
+                                    around ? shortcut : NULL, y, bits, &zero, 0);
+    for (int64_t i = 0; i < pixels * outputs; i++) {
+        const int64_t n = i % outputs, pixel = i / outputs;
+        double expected = conv_at(s, x, w, pixel / image, n, pixel % image / s->out_width, pixel % s->out_width);
+        expected = affine ? expected * vectors[0][n] + vectors[1][n] : expected;
+        if (around) {
+            double sum = 0;
+            for (int64_t k = 0; k < group; k++) {
+                sum += shortcut[i * group + k];
+            }
+            sum /= (double)group;
+            expected += around == 2 ? sum * vectors[2][n] + vectors[3][n] : sum;
+        }
+        if (active) {
+            expected -= vectors[4][n];
+            expected = (expected > 0 ? expected : expected * vectors[5][n]) + vectors[6][n];
+        }
+        expect(set, "block", i, y[i], expected, 0);
+    }
+    uint32_t *signs = bits_of(y, pixels, outputs, outputs, 1), *alone = array(pixels * words, sizeof *alone);
+    failures += hf_bnn_conv2d_block(set, pool, 3, &layer, packed ? NULL : x, packed ? in_bits : NULL,
+                                    around ? shortcut : NULL, NULL, alone, &zero, 0);
+    for (int64_t i = 0; i < pixels * words; i++) {
+        expect(set, "bits of a block", i, bits[i], signs[i], 0);
+        expect(set, "bits alone", i, alone[i], signs[i], 0);
+    }
+    if (around && group == 1) {
+        failures += hf_bnn_conv2d_block(set, pool, 3, &layer, x, NULL, shortcut, shortcut, NULL, NULL, 0);
+        for (int64_t i = 0; i < pixels * outputs; i++) {
+            expect(set, "block in place", i, shortcut[i], y[i], 0);
+        }
+    }
+    for (int i = 0; i < 7; i++) {
+        free(vectors[i]);
+    }
+    free(y), free(shortcut), free(in_bits), free(bits), free(signs), free(alone);
+}
+
 static void check_convolution(int set, parallel_for pool, int last)
 {
     struct conv2d_shape s = {.batch = 1 + below(2), .height = 1 + below(9), .width = 1 + below(9)};
@@ -227,6 +319,9 @@ static void check_convolution(int set, parallel_for pool, int last)
             int inside = k % taps / s.kernel[1] < last_y && k % s.kernel[1] < last_x;
             corners[i] += inside ? sign(w[n * channels * taps + k]) : 0;
         }
+    }
+    if (s.groups == 1) {
+        check_block(set, pool, &s, x, w, panels, corners, ones, bias);
     }
     failures += hf_bnn_conv2d(set, pool, 3, &s, x, &zero, 0, panels, corners, ones, NULL, bias, y);
     for (int64_t i = 0; i < s.batch * pixels * s.outputs; i++) {
@@ -322,6 +417,34 @@ static void check_attention(int set, parallel_for pool, int softmax)
     free(indices);
 }
 
+static void check_pooling(int set, parallel_for pool)
+{
+    struct pool_shape s = {.batch = 1 + below(2), .height = 4 + below(6), .width = 4 + below(6), .channels = 1 + below(40)};
+    for (int i = 0; i < 2; i++) {
+        s.kernel[i] = 1 + below(4), s.stride[i] = 1 + below(3), s.padding[i] = below(s.kernel[i] / 2 + 1);
+    }
+    s.out_height = (s.height + 2 * s.padding[0] - s.kernel[0]) / s.stride[0] + 1;
+    s.out_width = (s.width + 2 * s.padding[1] - s.kernel[1]) / s.stride[1] + 1;
+    const int64_t pixels = s.out_height * s.out_width;
+    float *x = numbers(s.batch * s.height * s.width * s.channels), *alpha = numbers(s.channels);
+    float *beta = numbers(s.channels), *y = array(s.batch * pixels * s.channels, sizeof *y);
+    failures += hf_bnn_max_pool(set, pool, 3, &s, x, alpha, beta, (int)below(2), y);
+    for (int64_t i = 0; i < s.batch * pixels * s.channels; i++) {
+        const int64_t c = i % s.channels, pixel = i / s.channels % pixels, image = i / s.channels / pixels;
+        float most = -INFINITY;
+        for (int64_t k = 0; k < s.kernel[0] * s.kernel[1]; k++) {
+            const int64_t row = pixel / s.out_width * s.stride[0] - s.padding[0] + k / s.kernel[1];
+            const int64_t column = pixel % s.out_width * s.stride[1] - s.padding[1] + k % s.kernel[1];
+            if (row >= 0 && row < s.height && column >= 0 && column < s.width) {
+                float value = x[((image * s.height + row) * s.width + column) * s.channels + c];
+                most = value > most || isnan(value) ? value : most;
+            }
+        }
+        expect(set, "pooling", i, y[i], most * alpha[c] + beta[c], 0);
+    }
+    free(x), free(alpha), free(beta), free(y);
+}
+
 int main(void)
 {
     static const int64_t sizes[] = {0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130};
@@ -338,6 +461,7 @@ int main(void)
             check_parts(set, pool, sizes[below(count)], sizes[below(count)], below(4), round / 2 % 2);
             check_convolution(set, pool, round / 2 % 2);
             check_attention(set, pool, round / 2 % 2);
+            check_pooling(set, pool);
         }
     }
     printf("%d failures\n", failures);

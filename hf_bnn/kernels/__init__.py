@@ -2,13 +2,17 @@
 
 from .attention import attention
 from .conv2d import conv2d
+from .conv2d_block import Conv2dBlock, Epilogue, conv2d_block, normalization
 from .ffn import FfnCall, ffn
 from .library import available, backend, using
 from .linear import LinearCall, LinearWeightOnlyCall, linear, linear_weight_only
+from .pooling import max_pool
 from .weights import Conv2dWeight, LinearWeight
 
 __all__ = [
+    "Conv2dBlock",
     "Conv2dWeight",
+    "Epilogue",
     "FfnCall",
     "LinearCall",
     "LinearWeight",
@@ -17,8 +21,11 @@ __all__ = [
     "available",
     "backend",
     "conv2d",
+    "conv2d_block",
     "ffn",
     "linear",
     "linear_weight_only",
+    "max_pool",
+    "normalization",
     "using",
 ]

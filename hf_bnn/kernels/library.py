@@ -16,7 +16,7 @@ import torch
 
 VARIABLE = "HF_BNN_KERNEL"
 KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
-INTERFACE = 3  # of csrc/dispatch.c
+INTERFACE = 4  # of csrc/dispatch.c
 OK, OUT_OF_MEMORY, UNSURE, NOT_TAKEN = range(4)  # of csrc/hf_bnn.h
 
 # Multiply-accumulates per microsecond and thread, roughly: what decides whether threads are worth waking.
@@ -42,7 +42,7 @@ class FfnPlan(ctypes.Structure):
 
 
 class Conv2dShape(ctypes.Structure):
-    """`struct conv2d_shape` of csrc/conv2d.c."""
+    """`struct conv2d_shape` of csrc/hf_bnn.h."""
 
     _fields_ = (
         *((name, c_int64) for name in ("batch", "channels", "height", "width")),
@@ -58,6 +58,39 @@ class AttentionShape(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("batch", "heads", "queries", "keys", "size")),
         *((f"{name}_step_{i}", c_int64) for name in ("query", "key", "value", "mask") for i in range(3)),
+    )
+
+
+class Conv2dEpilogue(ctypes.Structure):
+    """`struct conv2d_epilogue` of csrc/hf_bnn.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("alpha", "beta", "shortcut_alpha", "shortcut_beta")),
+        *((name, c_void_p) for name in ("rprelu_shift", "rprelu_slope", "rprelu_offset")),
+        ("shortcut_group", c_int64),
+        ("fused", c_int64),
+    )
+
+
+class Conv2dLayer(ctypes.Structure):
+    """`struct conv2d_layer` of csrc/hf_bnn.h."""
+
+    _fields_ = (
+        ("shape", Conv2dShape),
+        ("threshold", c_void_p),
+        ("per_input", c_int64),
+        *((name, c_void_p) for name in ("weights", "corners", "scale", "shift", "bias")),
+        ("epilogue", Conv2dEpilogue),
+    )
+
+
+class PoolShape(ctypes.Structure):
+    """`struct pool_shape` of csrc/hf_bnn.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "height", "width", "channels")),
+        *((name, c_int64 * 2) for name in ("kernel", "stride", "padding")),
+        *((name, c_int64) for name in ("out_height", "out_width")),
     )
 
 
@@ -84,7 +117,9 @@ _SIGNATURES = {
         c_int,
         (c_int64, ctypes.POINTER(AttentionShape), *(c_void_p,) * 4, c_int64, c_void_p),
     ),
-    "hf_bnn_conv2d": (c_int, (*_CALL, ctypes.POINTER(Conv2dShape), c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
+    "hf_bnn_conv2d": (c_int, (*_CALL, c_void_p, c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
+    "hf_bnn_conv2d_block": (c_int, (*_CALL, *(c_void_p,) * 6, *_THRESHOLD)),
+    "hf_bnn_max_pool": (c_int, (*_CALL, *(c_void_p,) * 4, c_int, c_void_p)),
 }
 
 
@@ -199,7 +234,7 @@ def thread_pool() -> int | None:
 
 def threads_for(work: int) -> tuple[int | None, int]:
     """The thread pool and how many of its threads `work` multiply-accumulates are worth: (None, 1) if only one."""
-    if work < least_work_for_threads():
+    if torch.get_num_threads() == 1 or work < least_work_for_threads():
         return None, 1
     pool, threads = thread_pool(), torch.get_num_threads()
     return (pool, threads) if pool and threads > 1 else (None, 1)

@@ -42,6 +42,22 @@ def runs_compiled(x: Tensor, weight: Tensor, thresholds: Tensor | None = None, *
     return instruction_set()
 
 
+def runs_directly(x: Tensor, *others: Tensor) -> bool:
+    """Whether an op on these may be called as a Python function: nothing looks on that would miss it.
+
+    torch's dispatcher costs as much as a small product.
+    """
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and all(other.is_cpu for other in others)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def floats(values: Tensor | None, size: int) -> Tensor:
     """Contiguous float32; for None what adds nothing to any float, not even to -0.0."""
     if values is None:

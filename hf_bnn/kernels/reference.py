@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import integer_product
-from .weights import conv2d_signs, linear_signs
+from .weights import PAIR, WORD, conv2d_signs, linear_signs
 
 # A mask's numbers below it shut a token out: transformers writes the smallest number of the dtype, others -inf or -1e4.
 MASKED = -1000.0
@@ -81,6 +81,80 @@ def conv2d(
             weighted = seen * shift.view(-1, 1, 1)
             offset = weighted if offset is None else weighted + offset
     y = rescaled(sums, scale.view(-1, 1, 1), offset).to(x.dtype)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def sign_words(negative: Tensor) -> Tensor:
+    """bool `(..., channels)` to int32 `(..., words)`: bits, 1 where true, in pairs of words (first, first ^ second)."""
+    padded = F.pad(negative, (0, -negative.shape[-1] % PAIR)).unflatten(-1, (-1, 2, WORD)).to(torch.int64)
+    words = (padded << torch.arange(WORD, device=negative.device)).sum(-1)
+    first, second = (words - (words >> WORD - 1 << WORD)).to(torch.int32).unbind(-1)
+    return torch.stack((first, first ^ second), -1).flatten(-2)
+
+
+def words_to_signs(words: Tensor, channels: int) -> Tensor:
+    """Inverse of `sign_words`, as float32 +-1 `(..., channels)`."""
+    first, both = words.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack((first, first ^ both), -1)
+    bits = pairs.unsqueeze(-1) >> torch.arange(WORD, dtype=torch.int32, device=words.device) & 1
+    return 1 - 2 * bits.flatten(-3)[..., :channels].to(torch.float32)
+
+
+def normalized(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """`x * alpha + beta` per channel, rounded as torch's batch normalization in evaluation is."""
+    return F.batch_norm(x, torch.zeros_like(alpha), torch.ones_like(alpha), alpha, beta, False, 0.0, 0.0)
+
+
+def conv2d_block(
+    x: Tensor,
+    weight: Tensor,
+    corners: Tensor,
+    channels: int,
+    scale: Tensor,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    threshold: float,
+    thresholds: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    shortcut_alpha: Tensor | None,
+    shortcut_beta: Tensor | None,
+    shortcut_group: int,
+    rprelu: Tensor | None,
+    shortcut: Tensor | None,
+    next_threshold: float,
+    next_thresholds: Tensor | None,
+    floats: bool,
+    bits: bool,
+) -> tuple[Tensor, Tensor]:
+    """See kernels.conv2d_block."""
+    if x.dtype == torch.int32:
+        x, threshold, thresholds = words_to_signs(x, channels).permute(0, 3, 1, 2), 0.0, None
+    y = conv2d(x, weight, corners, scale, shift, bias, stride, padding, dilation, 1, threshold, thresholds)
+    if alpha is not None:
+        y = normalized(y, alpha, beta)
+    if shortcut is not None:
+        if shortcut_alpha is not None:
+            shortcut = normalized(shortcut, shortcut_alpha, shortcut_beta)
+        y = y + (shortcut if shortcut_group == 1 else shortcut.unflatten(1, (-1, shortcut_group)).mean(2))
+    if rprelu is not None:
+        before, slope, after = rprelu
+        y = F.prelu(y - before.view(-1, 1, 1), slope) + after.view(-1, 1, 1)
+    last = y.permute(0, 2, 3, 1)
+    levels = None if next_thresholds is None else next_thresholds.flatten()
+    words = sign_words(below(last, next_threshold, levels)) if bits else x.new_empty(0, dtype=torch.int32)
+    images = y.contiguous(memory_format=torch.channels_last) if floats else x.new_empty(0, dtype=torch.float32)
+    return images, words
+
+
+def max_pool(
+    x: Tensor, alpha: Tensor, beta: Tensor, kernel: list[int], stride: list[int], padding: list[int]
+) -> Tensor:
+    """See kernels.max_pool."""
+    y = normalized(F.max_pool2d(x, kernel, stride, padding), alpha, beta)
     return y.contiguous(memory_format=torch.channels_last)
 
 

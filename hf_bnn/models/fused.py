@@ -1,4 +1,4 @@
-"""BERT's and ViT's blocks on fused products, for `hf_bnn.optimize_`."""
+"""The blocks of BERT, ViT and ResNet on fused products, for `hf_bnn.optimize_`."""
 
 from typing import Any
 
@@ -6,14 +6,17 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert
 from transformers.models.bert.modeling_bert import BertLayer, BertSelfAttention
+from transformers.models.resnet.modeling_resnet import ResNetStage
 from transformers.models.vit import modeling_vit
 from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
 from ..fused import FUSERS
 from ..fused.base import Fused, Planned
+from ..fused.convolutions import FusedBasicBlock, FusedBottleNeckBlock, FusedStage, FusedStem
 from ..fused.feed_forward import feed_forward, hidden_interval
 from ..fused.layers import JointLinear, KernelLinear
 from ..kernels import FfnCall
+from .resnet import BiRealBasicLayer, BiRealBottleNeckLayer, BiRealStem, resized
 
 
 class _FusedAttention(Fused):
@@ -143,9 +146,31 @@ class FusedViTMLP(_FusedFeedForward, ViTMLP):
         return super().forward(hidden_states) if self.runs_plain(hidden_states) else self.call(hidden_states)
 
 
+class FusedBiRealStem(FusedStem, BiRealStem):
+    """A BiRealStem that pools and normalizes in one call."""
+
+
+class FusedBiRealBasicLayer(FusedBasicBlock, BiRealBasicLayer):
+    """A packed BiRealBasicLayer that runs each convolution with all that follows it as one call."""
+
+
+class FusedBiRealBottleNeckLayer(FusedBottleNeckBlock, BiRealBottleNeckLayer):
+    """A packed BiRealBottleNeckLayer that runs each convolution with all that follows it as one call."""
+
+    resized = staticmethod(resized)
+
+
+class FusedResNetStage(FusedStage, ResNetStage):
+    """A stage of fused blocks, which hand bits to one another."""
+
+
 FUSERS |= {
     BertSelfAttention: FusedBertSelfAttention.fuse,
     BertLayer: FusedBertLayer.fuse,
     ViTAttention: FusedViTAttention.fuse,
     ViTMLP: FusedViTMLP.fuse,
+    BiRealStem: FusedBiRealStem.take_place_of,
+    BiRealBasicLayer: FusedBiRealBasicLayer.take_place_of,
+    BiRealBottleNeckLayer: FusedBiRealBottleNeckLayer.take_place_of,
+    ResNetStage: FusedResNetStage.take_place_of,
 }

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ResNetBackbone, ResNetConfig, ResNetForImageClassification, ResNetModel
@@ -108,6 +109,8 @@ class BiRealStem(nn.Module):
             raise ValueError(
                 f"pixel_values has {pixel_values.shape[1]} channels: the config's num_channels is {self.num_channels}"
             )
+        if pixel_values.is_cpu and not self.training:  # with its channels last torch pools 18 times as fast
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return self.embedder.normalization(self.pooler(self.embedder.convolution(pixel_values)))
 
 

@@ -1,7 +1,7 @@
 /* AVX2: Intel from Haswell, AMD from Excavator. Bits are counted by look-up of half bytes. */
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define TARGET __attribute__((target("avx2")))
+#define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
 #define TILE_VECTORS 2
 #define COUNTS_WORDS 0
@@ -42,7 +42,14 @@ INLINE floats look_up(floats table, words v)
 
 #define IN_REGISTER(vector) __asm__("" : "+x"(vector))
 
+INLINE floats multiply_add(floats a, floats b, floats c)
+{
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+
 #include "packing.h"
+#include "epilogue.h"
+#include "pooling.h"
 #include "tile.h"
 #include "weight_only_lookup.h"
 #include "plain_look_up.h"
@@ -50,7 +57,7 @@ INLINE floats look_up(floats table, words v)
 
 #include "instruction_set.h"
 
-static int available(void) { return __builtin_cpu_supports("avx2"); }
+static int available(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 INSTRUCTION_SET(avx2, "avx2");
 #endif

@@ -60,5 +60,12 @@ INLINE floats look_up(floats table, words v)
     return (floats)_mm512_permutexvar_ps((__m512i)v, (__m512)table);
 }
 
+INLINE floats multiply_add(floats a, floats b, floats c)
+{
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
 #include "packing.h"
+#include "epilogue.h"
+#include "pooling.h"
 #include "weight_only_lookup.h"

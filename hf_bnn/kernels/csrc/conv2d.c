@@ -16,7 +16,10 @@ struct range {
 struct conv2d {
     const struct instruction_set *set;
     const struct conv2d_shape *shape;
+    const struct conv2d_layer *layer; /* what follows the convolution; NULL: nothing does */
     const float *x;
+    const uint32_t *in_bits; /* of the input if `x` is NULL: [pixel][word] */
+    const float *shortcut;
     struct threshold threshold;
     struct product product; /* of the first group */
     const float *offsets;   /* [row class][column class][outputs] */
@@ -25,6 +28,8 @@ struct conv2d {
     struct range *rows, *columns;
     int64_t row_classes, column_classes;
     float *out;
+    uint32_t *out_bits; /* [pixel][word], of signs against `next_threshold` */
+    struct threshold next_threshold;
     uint32_t *bits; /* [batch][padded height][padded width][groups][words] */
     int64_t group_words, pixel_words, padded_height, padded_width;
     int64_t rows_per_part, parts_per_image, pixels_per_block;
@@ -122,6 +127,27 @@ static void clear_border(const struct conv2d *c, int64_t image)
     }
 }
 
+/* Rows [first, first + rows) of an image, without a border, to where they go inside of theirs. */
+static void place_rows(const struct conv2d *c, int64_t image, int64_t first, int64_t rows, const uint32_t *bits)
+{
+    const struct conv2d_shape *s = c->shape;
+    const size_t row_words = (size_t)(s->width * c->pixel_words);
+    for (int64_t row = 0; row < rows; row++) {
+        uint32_t *to = padded_row(c, image, s->padding[0] + first + row) + s->padding[1] * c->pixel_words;
+        memcpy(to, bits + (size_t)row * row_words, row_words * sizeof *bits);
+    }
+}
+
+static void place_images(int64_t begin, int64_t end, void *context)
+{
+    const struct conv2d *c = context;
+    const struct conv2d_shape *s = c->shape;
+    for (int64_t image = begin; image < end; image++) {
+        clear_border(c, image);
+        place_rows(c, image, 0, s->height, c->in_bits + image * s->height * s->width * c->pixel_words);
+    }
+}
+
 static void pack_parts(int64_t begin, int64_t end, void *context)
 {
     struct conv2d *c = context;
@@ -139,10 +165,7 @@ static void pack_parts(int64_t begin, int64_t end, void *context)
             clear_border(c, image);
         }
         pack_rows_of_image(c, c->x + image * s->image_step + first * s->row_step, rows, bits);
-        for (int64_t row = 0; row < rows; row++) {
-            uint32_t *to = padded_row(c, image, s->padding[0] + first + row) + s->padding[1] * c->pixel_words;
-            memcpy(to, bits + (size_t)row * row_words, row_words * sizeof *bits);
-        }
+        place_rows(c, image, first, rows, bits);
     }
     free(bits);
 }
@@ -151,23 +174,44 @@ static void pack_parts(int64_t begin, int64_t end, void *context)
 static void find_pixels(const struct conv2d *c, int64_t first, int64_t g, struct block *block)
 {
     const struct conv2d_shape *s = c->shape;
-    const int64_t outputs = s->outputs / s->groups;
-    int64_t x = first % s->out_width, y = first / s->out_width % s->out_height;
-    int64_t image = first / s->out_width / s->out_height;
-    for (int64_t i = 0; i < block->count; i++) {
-        struct range rows = c->rows[c->row_class[y]], columns = c->columns[c->column_class[x]];
-        int whole = rows.last - rows.first == s->kernel[0] && columns.last - columns.first == s->kernel[1];
-        int64_t entry = (c->row_class[y] * c->column_classes + c->column_class[x]) * s->outputs + g * outputs;
-        block->rows[i] = padded_row(c, image, y * s->stride[0]);
-        block->rows[i] += x * s->stride[1] * c->pixel_words + g * c->group_words;
-        block->offsets[i] = c->offsets + entry;
-        block->missing[i] = whole ? NULL : c->missing + entry;
-        if (++x == s->out_width) {
-            x = 0;
-            if (++y == s->out_height) {
-                y = 0;
-                image++;
-            }
+    const int64_t step = s->stride[1] * c->pixel_words, outputs = g * (s->outputs / s->groups);
+    int64_t x = first % s->out_width, line = first / s->out_width;
+    for (int64_t i = 0; i < block->count; x = 0, line++) {
+        const int64_t y = line % s->out_height, last = smaller(s->out_width, x + block->count - i);
+        const int64_t classes = c->row_class[y] * c->column_classes;
+        const struct range rows = c->rows[c->row_class[y]];
+        const int whole = rows.last - rows.first == s->kernel[0];
+        const uint32_t *bits = padded_row(c, line / s->out_height, y * s->stride[0]) + g * c->group_words + x * step;
+        for (; x < last; x++, i++, bits += step) {
+            const struct range columns = c->columns[c->column_class[x]];
+            const int64_t entry = (classes + c->column_class[x]) * s->outputs + outputs;
+            block->rows[i] = bits;
+            block->offsets[i] = c->offsets + entry;
+            block->missing[i] = whole && columns.last - columns.first == s->kernel[1] ? NULL : c->missing + entry;
+        }
+    }
+}
+
+/* The outputs of a block, CHUNK of them at a time, and what follows the convolution while they are in the cache. */
+static void multiply_and_finish(const struct conv2d *c, const struct block *block, int64_t first)
+{
+    float sums[BLOCK_ROWS * CHUNK];
+    const int64_t outputs = c->shape->outputs, words = words_of(outputs);
+    const int64_t group = c->layer->epilogue.shortcut_group;
+    struct product product = c->product;
+    product.out_step = CHUNK;
+    for (int64_t begin = 0; begin < outputs; begin += CHUNK) {
+        const int64_t count = smaller(CHUNK, outputs - begin), panel = begin / PANEL;
+        float *to = c->out ? c->out + first * outputs + begin : sums;
+        const int64_t to_step = c->out ? outputs : CHUNK;
+        c->set->multiply(&product, block, panel, panel + divide_up(count, PANEL), sums);
+        c->set->finish(&c->layer->epilogue, begin, count, block->count, sums,
+                       c->shortcut ? c->shortcut + (first * outputs + begin) * group : NULL, outputs * group, to,
+                       to_step);
+        if (c->out_bits) {
+            struct threshold t = c->next_threshold;
+            t.values += t.per_input ? begin : 0;
+            c->set->pack_rows(to, to_step, block->count, count, t, c->out_bits + first * words + begin / 32, words);
         }
     }
 }
@@ -182,11 +226,16 @@ static void multiply_blocks(int64_t begin, int64_t end, void *context)
         int64_t first = i * c->pixels_per_block, pixels = s->batch * s->out_height * s->out_width;
         for (int64_t g = 0; g < s->groups; g++) {
             struct product product = c->product;
-            struct block block = {.count = smaller(c->pixels_per_block, pixels - first)};
+            struct block block;
+            block.count = smaller(c->pixels_per_block, pixels - first);
             product.weights += g * panels * panel_words;
             product.scale += g * product.outputs;
             find_pixels(c, first, g, &block);
-            c->set->multiply(&product, &block, 0, panels, c->out + first * s->outputs + g * product.outputs);
+            if (c->layer) {
+                multiply_and_finish(c, &block, first);
+            } else {
+                c->set->multiply(&product, &block, 0, panels, c->out + first * s->outputs + g * product.outputs);
+            }
         }
     }
 }
@@ -221,7 +270,11 @@ static int convolve(struct conv2d *c, parallel_for pool, int64_t threads, const 
         c->missing = missing;
         c->rows_per_part = smaller(s->height, divide_up(BLOCK_ROWS, s->width));
         c->parts_per_image = divide_up(s->height, c->rows_per_part);
-        for_range(pool, s->batch * c->parts_per_image, pack_parts, c);
+        if (c->x) {
+            for_range(pool, s->batch * c->parts_per_image, pack_parts, c);
+        } else {
+            place_images(0, s->batch, c);
+        }
     }
     if (!c->failed) {
         c->pixels_per_block = block_rows(pixels, threads);
@@ -233,43 +286,68 @@ static int convolve(struct conv2d *c, parallel_for pool, int64_t threads, const 
     return c->failed ? OUT_OF_MEMORY : OK;
 }
 
+static int run(struct conv2d *c, int64_t set, parallel_for pool, int64_t threads, const int32_t *corners,
+               const float *shift, const float *bias)
+{
+    const struct conv2d_shape *shape = c->shape;
+    const int64_t taps = shape->kernel[0] * shape->kernel[1];
+    const size_t lines = (size_t)(shape->out_height + shape->out_width);
+    c->set = instruction_set(set);
+    c->product.inputs = shape->channels / shape->groups * taps;
+    c->product.outputs = shape->outputs / shape->groups;
+    c->product.out_step = shape->outputs;
+    c->group_words = words_of(shape->channels / shape->groups);
+    c->pixel_words = c->group_words * shape->groups;
+    c->padded_height = shape->height + 2 * shape->padding[0];
+    c->padded_width = shape->width + 2 * shape->padding[1];
+    int64_t *runs = malloc((size_t)taps * sizeof *runs);
+    c->row_class = malloc(lines * sizeof *c->row_class);
+    c->rows = malloc(lines * sizeof *c->rows);
+    int result = OUT_OF_MEMORY;
+    if (runs && c->row_class && c->rows) {
+        c->column_class = c->row_class + shape->out_height;
+        c->columns = c->rows + shape->out_height;
+        c->row_classes = classify(shape, 0, c->row_class, c->rows);
+        c->column_classes = classify(shape, 1, c->column_class, c->columns);
+        find_runs(c, runs);
+        result = convolve(c, pool, threads, corners, shift, bias);
+    }
+    free(c->rows);
+    free(c->row_class);
+    free(runs);
+    return result;
+}
+
 int hf_bnn_conv2d(int64_t set, parallel_for pool, int64_t threads, const struct conv2d_shape *shape,
                   const float *x, const float *threshold, int per_input, const uint32_t *weights,
                   const int32_t *corners, const float *scale, const float *shift, const float *bias,
                   float *out)
 {
-    const int64_t group_words = words_of(shape->channels / shape->groups), taps = shape->kernel[0] * shape->kernel[1];
-    const size_t lines = (size_t)(shape->out_height + shape->out_width);
     struct conv2d c = {
-        .set = instruction_set(set),
         .shape = shape,
         .x = x,
         .threshold = {threshold, per_input},
-        .product = {.weights = weights,
-                    .inputs = shape->channels / shape->groups * taps,
-                    .outputs = shape->outputs / shape->groups,
-                    .scale = scale,
-                    .out_step = shape->outputs},
+        .product = {.weights = weights, .scale = scale},
         .out = out,
-        .group_words = group_words,
-        .pixel_words = group_words * shape->groups,
-        .padded_height = shape->height + 2 * shape->padding[0],
-        .padded_width = shape->width + 2 * shape->padding[1],
     };
-    int64_t *runs = malloc((size_t)taps * sizeof *runs);
-    c.row_class = malloc(lines * sizeof *c.row_class);
-    c.rows = malloc(lines * sizeof *c.rows);
-    int result = OUT_OF_MEMORY;
-    if (runs && c.row_class && c.rows) {
-        c.column_class = c.row_class + shape->out_height;
-        c.columns = c.rows + shape->out_height;
-        c.row_classes = classify(shape, 0, c.row_class, c.rows);
-        c.column_classes = classify(shape, 1, c.column_class, c.columns);
-        find_runs(&c, runs);
-        result = convolve(&c, pool, threads, corners, shift, bias);
-    }
-    free(c.rows);
-    free(c.row_class);
-    free(runs);
-    return result;
+    return run(&c, set, pool, threads, corners, shift, bias);
+}
+
+int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads, const struct conv2d_layer *layer,
+                        const float *x, const uint32_t *bits, const float *shortcut, float *out, uint32_t *out_bits,
+                        const float *next_threshold, int next_per_output)
+{
+    struct conv2d c = {
+        .shape = &layer->shape,
+        .layer = layer,
+        .x = x,
+        .in_bits = bits,
+        .threshold = {layer->threshold, (int)layer->per_input},
+        .product = {.weights = layer->weights, .scale = layer->scale},
+        .shortcut = shortcut,
+        .out = out,
+        .out_bits = out_bits,
+        .next_threshold = {next_threshold, next_per_output},
+    };
+    return run(&c, set, pool, threads, layer->corners, layer->shift, layer->bias);
 }

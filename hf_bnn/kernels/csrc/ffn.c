@@ -3,8 +3,6 @@
 
 #include "kernels.h"
 
-enum { CHUNK = 64 }; /* hidden values at a time: four panels, one pair of words */
-
 struct ffn {
     const struct ffn_plan *plan;
     const struct instruction_set *set;

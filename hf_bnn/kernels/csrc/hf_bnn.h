@@ -51,6 +51,33 @@ struct attention_shape {
     int64_t query_steps[3], key_steps[3], value_steps[3], mask_steps[3];
 };
 
+/* In the order of the fields of hf_bnn/kernels/library.py, PoolShape. Every window has a pixel of the image. */
+struct pool_shape {
+    int64_t batch, height, width, channels; /* of the input, NHWC without gaps */
+    int64_t kernel[2], stride[2], padding[2], out_height, out_width;
+};
+
+/* What follows a sum and its scale, in this order, each operation rounded; NULL where it is left out. Arrays have a
+ * number for each output. */
+struct conv2d_epilogue {
+    const float *alpha, *beta;                   /* batch normalization: y = y * alpha + beta */
+    const float *shortcut_alpha, *shortcut_beta; /* the same for the shortcut, which is then added */
+    const float *rprelu_shift, *rprelu_slope, *rprelu_offset; /* y - shift; below 0 times slope; + offset */
+    int64_t shortcut_group; /* the shortcut has so many channels for each output, and their mean is added: 1, 2 or 4 */
+    int64_t fused; /* whether multiplication and addition of a normalization are rounded once, as FMA does it */
+};
+
+/* In the order of the fields of hf_bnn/kernels/library.py, Conv2dLayer: what does not change from call to call. */
+struct conv2d_layer {
+    struct conv2d_shape shape; /* groups is 1 */
+    const float *threshold;
+    int64_t per_input;
+    const uint32_t *weights;
+    const int32_t *corners;
+    const float *scale, *shift, *bias;
+    struct conv2d_epilogue epilogue;
+};
+
 /* Raised with every change of a function here: a library built from older sources is not called. */
 EXPORTED int64_t hf_bnn_interface(void);
 
@@ -98,6 +125,18 @@ EXPORTED int hf_bnn_attention_scores(int64_t set, const struct attention_shape *
 EXPORTED int hf_bnn_attention_context(int64_t set, const struct attention_shape *shape, const float *value,
                                       const float *levels, const float *weights, const int64_t *rows, int64_t count,
                                       float *out);
+
+/* The same with what follows a convolution. The input is floats `x` or, where `x` is NULL, bits [pixel][word]. The
+ * output is NHWC floats, or the bits [pixel][word] of the next layer, whose `next_threshold` is one number or one per
+ * output, or both; NULL: that one is not wanted. `shortcut`: NHWC floats, shortcut_group for
+ * each of the output's, or NULL; it may be `out` itself. */
+EXPORTED int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads, const struct conv2d_layer *layer,
+                                 const float *x, const uint32_t *bits, const float *shortcut, float *out,
+                                 uint32_t *out_bits, const float *next_threshold, int next_per_output);
+
+/* The largest value of each window, or NaN if it has one, times alpha plus beta. NHWC floats. */
+EXPORTED int hf_bnn_max_pool(int64_t set, parallel_for pool, int64_t threads, const struct pool_shape *shape,
+                             const float *x, const float *alpha, const float *beta, int fused, float *out);
 
 /* For benchmarks: counts differing bits in registers; returns how many it compared, 0 if the processor cannot. */
 EXPORTED int64_t hf_bnn_count_bits(int64_t rounds);

@@ -8,6 +8,8 @@
         .pack_planes = pack_planes,                    \
         .multiply = multiply,                          \
         .multiply_linear = multiply_linear,            \
+        .finish = finish,                              \
+        .max_pool = max_pool,                          \
         .prepared_size = prepared_size,                \
         .prepare_inputs = prepare_inputs,              \
         .multiply_floats = multiply_floats,            \

@@ -27,7 +27,8 @@
 enum {
     PANEL = 16,     /* outputs in a panel */
     PAIR_BITS = 64, /* inputs are padded to whole pairs of words */
-    BLOCK_ROWS = 64 /* rows that one call of `multiply` takes: their bits stay in the first cache */
+    BLOCK_ROWS = 64, /* rows that one call of `multiply` takes: their bits stay in the first cache */
+    CHUNK = 64       /* outputs that stay in the first cache for what follows: four panels, one pair of words */
 };
 
 /* Words that hold `inputs` bits. */
@@ -99,6 +100,13 @@ struct instruction_set {
     void (*multiply)(const struct product *p, const struct block *b, int64_t first, int64_t last, float *out);
     /* The same for prefixes through all words; there is one run, and nothing is missing. */
     void (*multiply_linear)(const struct product *p, const struct block *b, int64_t first, int64_t last, float *out);
+    /* What follows a convolution, for `rows` rows of the outputs [first, first + count): CHUNK floats apart in `sums`,
+     * `shortcut_step` in `shortcut` (or NULL), `out_step` in `out`, which may be either of them. */
+    void (*finish)(const struct conv2d_epilogue *e, int64_t first, int64_t count, int64_t rows, const float *sums,
+                   const float *shortcut, int64_t shortcut_step, float *out, int64_t out_step);
+    /* Row y of the output for one image. */
+    void (*max_pool)(const struct pool_shape *s, const float *image, int64_t y, const float *alpha, const float *beta,
+                     int fused, float *out);
     /* Floats that `prepare_inputs` writes for a row of the weight-only product, and the product of `rows` rows. */
     int64_t (*prepared_size)(int64_t inputs);
     void (*prepare_inputs)(const float *x, int64_t inputs, float *out);

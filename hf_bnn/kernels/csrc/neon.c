@@ -28,7 +28,14 @@ INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
     return signs;
 }
 
+INLINE floats multiply_add(floats a, floats b, floats c)
+{
+    return (floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+
 #include "packing.h"
+#include "epilogue.h"
+#include "pooling.h"
 #include "tile.h"
 #include "weight_only.h"
 

@@ -15,6 +15,8 @@ INLINE words count_bits(words v)
 }
 
 #include "packing.h"
+#include "epilogue.h"
+#include "pooling.h"
 #include "tile.h"
 #include "weight_only.h"
 

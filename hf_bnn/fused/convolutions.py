@@ -1,0 +1,251 @@
+"""Residual blocks of binary convolutions that hand bits to one another: what runs when a packed ResNet is fast.
+
+Where there is something that they do not know (training, gradients, other dtypes or devices, no compiled kernels,
+torch.compile, layers of another kind), the class behind them runs as if they were not there.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import RPReLU
+from ..kernels import Conv2dBlock, Epilogue, backend, max_pool, normalization
+from ..kernels.conv2d_block import GROUPS, Level, rounds_once
+from ..kernels.operands import runs_directly
+from ..packed import PackedConv2d
+from .base import Fused
+
+
+class Signs(NamedTuple):
+    """What passes between blocks: float32 images, channels last, and the bits of them that the next one takes."""
+
+    images: Tensor
+    bits: Tensor | None = None
+    owned: bool = False  # whether nobody else looks at `images`, so that the next block may write over them
+
+
+class Subtree:
+    """A module's parts and tensors as they were, to see whether any has been replaced or written to since then.
+
+    Not watched: numbers such as a stride or an eps, and what is written into inference tensors, which have no version.
+    """
+
+    def __init__(self, root: nn.Module):
+        self.modules = list(root.modules())
+        slots = [slot for module in self.modules for slot in (module._modules, module._parameters, module._buffers)]
+        self.links = [(slot, name, value) for slot in slots for name, value in slot.items()]
+        tensors = [value for _, _, value in self.links if isinstance(value, Tensor)]
+        self.tensors = [t for t in tensors if not t.is_inference()]  # those have no versions
+        self.addresses = [t.data_ptr() for t in self.tensors]
+        self.versions = [t._version for t in self.tensors]
+        self.backend = backend()
+
+    def same(self) -> bool:
+        return (
+            all(slot.get(name) is value for slot, name, value in self.links)
+            and [t._version for t in self.tensors] == self.versions
+            and [t.data_ptr() for t in self.tensors] == self.addresses
+            and backend() == self.backend
+        )
+
+    def training(self) -> bool:
+        return any(module.training for module in self.modules)
+
+
+def runs_fused(x: Tensor) -> bool:
+    """Whether a fused block takes `x` now."""
+    return (
+        x.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and runs_directly(x)
+        and not torch.is_autocast_enabled("cpu")
+        and x.numel() > 0
+    )
+
+
+def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """alpha and beta of a batch normalization in evaluation; None for what is not one, or cannot be repeated."""
+    if type(norm) is not nn.BatchNorm2d or norm.running_var is None or rounds_once() is None:
+        return None
+    values = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    if not all(t is None or (t.dtype == torch.float32 and t.is_cpu) for t in values):
+        return None
+    return normalization(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def block_of(unit: nn.Module, epilogue: Epilogue) -> Conv2dBlock | None:
+    """A unit's `convolution`, `normalization`, what `epilogue` says of its shortcut, and `activation`."""
+    conv, affine, activation = unit.convolution, affine_of(unit.normalization), unit.activation
+    if not isinstance(conv, PackedConv2d) or not conv.binary_inputs or conv.groups != 1 or affine is None:
+        return None
+    weight, scale, bias, shift, *geometry, threshold = conv.laid_out()
+    if backend() == "torch" or weight.data.dtype != torch.int32 or scale.dtype != torch.float32:
+        return None
+    rprelu = None
+    if type(activation) is RPReLU:
+        rprelu = (activation.shift, activation.slope, activation.offset)
+        rprelu = tuple(values.detach().flatten() for values in rprelu)
+    elif type(activation) is not nn.Identity:
+        return None
+    epilogue = epilogue._replace(alpha=affine[0], beta=affine[1], rprelu=rprelu)
+    return Conv2dBlock(weight, scale, bias, shift, *geometry, threshold, epilogue)
+
+
+class Shortcut(NamedTuple):
+    """What runs of a shortcut before the convolution's epilogue, and what of it runs there."""
+
+    run: Callable[[Tensor], Tensor] | None  # None: nothing, the input is added as it is
+    epilogue: Epilogue = Epilogue()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Shortcut":
+        """A block's own shortcut: nothing, a `convolution` and a `normalization` of it, or anything else."""
+        if type(module) is nn.Identity:
+            return cls(None)
+        affine = affine_of(getattr(module, "normalization", None))
+        if affine is None or list(module._modules) != ["convolution", "normalization"]:
+            return cls(module)
+        return cls(module.convolution, Epilogue(shortcut_alpha=affine[0], shortcut_beta=affine[1]))
+
+
+class Watched(Fused):
+    """What is made of the weights is made once, and again when something that it is made of has changed."""
+
+    made = ("_prepared",)
+    _prepared: tuple[Subtree, Any] | None = None
+
+    def prepare(self) -> Any:
+        """What is made of the present weights; None if there is something that cannot be fused."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it runs")
+
+    def ready(self) -> Any:
+        """What `prepare` makes, anew when something that it is made of has changed; None: nothing is to be fused."""
+        if self._prepared is None or not self._prepared[0].same():
+            with torch.inference_mode(False), torch.no_grad():
+                self._prepared = (Subtree(self), self.prepare())
+        subtree, prepared = self._prepared
+        return None if subtree.training() else prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # addresses: a copy, or a pickle, makes its own
+
+
+class FusedStem(Watched):
+    """A stem `embedder.convolution`, `pooler`, `embedder.normalization`: the last two run as one call.
+
+    Their hooks do not run; those of the convolution do.
+    """
+
+    def prepare(self) -> tuple[Tensor, ...] | None:
+        pool, affine = self.pooler, affine_of(self.embedder.normalization)
+        if type(pool) is not nn.MaxPool2d or affine is None or pool.ceil_mode or pool.return_indices:
+            return None
+        window = [pair(size) for size in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+        return (*affine, *window[:3]) if window[3] == (1, 1) else None
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        prepared = self.ready() if runs_fused(pixel_values) and pixel_values.shape[1] == self.num_channels else None
+        if prepared is None:
+            return super().forward(pixel_values)
+        images = pixel_values.contiguous(memory_format=torch.channels_last)
+        return max_pool(self.embedder.convolution(images), *prepared)
+
+
+class FusedBlock(Watched):
+    """The base of residual blocks whose units run as one call each. Hooks on the modules inside do not run."""
+
+    def run(self, prepared: Any, x: Signs, next_level: Level | None) -> Signs:
+        """The block's output, and the bits of it against `next_level` if there is one."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it runs")
+
+    def first_level(self, prepared: Any) -> Level:
+        """What the block's input is compared with."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its first convolution is")
+
+    def forward(self, x: Tensor) -> Tensor:
+        prepared = self.ready() if runs_fused(x) else None
+        return super().forward(x) if prepared is None else self.run(prepared, Signs(x), None).images
+
+
+class FusedBasicBlock(FusedBlock):
+    """Two convolutions, the block's own shortcut around the first and the identity around the second."""
+
+    def prepare(self) -> tuple[Shortcut, Conv2dBlock, Conv2dBlock] | None:
+        first, second = self.layer
+        shortcut = Shortcut.of(self.shortcut)
+        blocks = block_of(first, shortcut.epilogue), block_of(second, Epilogue())
+        return None if None in blocks else (shortcut, *blocks)
+
+    def first_level(self, prepared: tuple) -> Level:
+        return prepared[1].level
+
+    def run(self, prepared: tuple, x: Signs, next_level: Level | None) -> Signs:
+        shortcut, first, second = prepared
+        around, in_place = (x.images, x.owned) if shortcut.run is None else (shortcut.run(x.images), False)
+        y, bits = first(x.images, x.bits, around, second.level, in_place)
+        return Signs(*second(None, bits, y, next_level, True), True)
+
+
+class FusedBottleNeckBlock(FusedBlock):
+    """Three convolutions, the block's own shortcut around the last and resized inputs around the other two."""
+
+    @staticmethod
+    def resized(x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """`x` in the shape of what `conv` makes of it."""
+        raise NotImplementedError("a bottleneck block must say how a shortcut is resized")
+
+    def resizing(self, conv: nn.Conv2d) -> Shortcut:
+        """The shortcut around a convolution that changes its input's shape."""
+        group, rest = divmod(conv.in_channels, conv.out_channels)
+        if conv.stride == (1, 1) and not rest and group in GROUPS:
+            return Shortcut(None, Epilogue(shortcut_group=group))
+        return Shortcut(lambda x: self.resized(x, conv))
+
+    def prepare(self) -> tuple[tuple[Shortcut, Conv2dBlock], ...] | None:
+        first, second, third = self.layer
+        shortcuts = self.resizing(first.convolution), self.resizing(second.convolution), Shortcut.of(self.shortcut)
+        units = zip((first, second, third), shortcuts, strict=True)
+        steps = tuple((shortcut, block_of(unit, shortcut.epilogue)) for unit, shortcut in units)
+        return None if any(block is None for _, block in steps) else steps
+
+    def first_level(self, prepared: tuple) -> Level:
+        return prepared[0][1].level
+
+    def run(self, prepared: tuple, x: Signs, next_level: Level | None) -> Signs:
+        (first_shortcut, first), (second_shortcut, second), (own, third) = prepared
+        around = x.images if first_shortcut.run is None else first_shortcut.run(x.images)
+        y, bits = first(x.images, x.bits, around, second.level)
+        around, in_place = (y, True) if second_shortcut.run is None else (second_shortcut.run(y), False)
+        y, bits = second(None, bits, around, third.level, in_place, floats=False)
+        around, in_place = (x.images, x.owned) if own.run is None else (own.run(x.images), False)
+        return Signs(*third(None, bits, around, next_level, in_place), True)
+
+
+class FusedStage(Fused):
+    """A sequence `layers` of fused blocks: bits pass from each to the next. Hooks on the blocks do not run.
+
+    Where one of its blocks cannot be fused now, each block runs by itself.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = list(self.layers)
+        if not runs_fused(x) or not all(isinstance(block, FusedBlock) for block in blocks):
+            return super().forward(x)
+        prepared = [block.ready() for block in blocks]
+        if any(found is None for found in prepared):
+            return super().forward(x)
+        return self.run(list(zip(blocks, prepared, strict=True)), Signs(x)).images
+
+    def run(self, steps: list[tuple[FusedBlock, Any]], x: Signs) -> Signs:
+        """All blocks, each with the bits that the one before it has put out."""
+        levels = [block.first_level(prepared) for block, prepared in steps[1:]]
+        for (block, prepared), level in zip(steps, (*levels, None), strict=True):
+            x = block.run(prepared, x, level)
+        return x
