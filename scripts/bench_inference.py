@@ -29,8 +29,9 @@ from hf_bnn.kernels import library
 
 ROOFLINE = "roofline"
 ROOFLINE_ROUNDS = 20_000
-LEAST_MS = 1.0  # a timing repeats its call for about that long
-WARM_MS = 200.0  # longer calls do not find what the call before has left in the caches
+LEAST_MS = 20.0  # a timing repeats its call for about that long
+WARM_UP_MS = 5.0  # and so do the calls before it, which are not counted: the others have filled the caches
+LONG_MS = 200.0  # longer calls do not find what the call before has left in the caches
 FEWEST_ROUNDS = 5
 MEMORY = "memory"  # what --only calls the bytes of BERT-base's encoder
 
@@ -48,8 +49,13 @@ def milliseconds(run: Call, repeats: int) -> float:
     return (time.perf_counter() - start) * 1e3 / repeats
 
 
+def repeats(wanted: float, once: float) -> int:
+    """How many calls of `once` milliseconds take about as long as is wanted; at least one."""
+    return max(1, round(wanted / once))
+
+
 def interleaved(runs: dict[str, Call], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of a call of each run in each round, each after one call that is not counted, if calls are short."""
+    """Milliseconds of a call of each run in each round, each after calls that are not counted, if they are short."""
     once = {}
     for name, run in runs.items():
         run()
@@ -60,9 +66,9 @@ def interleaved(runs: dict[str, Call], rounds: int, seconds: float) -> dict[str,
         if done >= FEWEST_ROUNDS and time.perf_counter() > end:
             break
         for name, run in runs.items():
-            if once[name] < WARM_MS:
-                run()  # its weights are back in the caches that the others have filled
-            times[name].append(milliseconds(run, max(1, round(LEAST_MS / once[name]))))
+            if once[name] < LONG_MS:
+                milliseconds(run, repeats(WARM_UP_MS, once[name]))
+            times[name].append(milliseconds(run, repeats(LEAST_MS, once[name])))
     return times
 
 

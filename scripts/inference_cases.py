@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_bnn import optimize_, pack_
 from hf_bnn.activations import RPReLU
-from hf_bnn.levels import LearnedLevels
+from hf_bnn.levels import ElasticLevels, LearnedLevels
 
 FP32, BF16, INT8 = PRECISIONS = ("fp32", "bf16", "int8")
 LAST = "/channels_last"  # behind a precision: the same in the other layout of images
@@ -50,6 +50,8 @@ def scatter_(model: nn.Module) -> nn.Module:
         for parameter in module.parameters(recurse=False):
             if parameter.dim() < 2 or isinstance(module, LearnedLevels | RPReLU):
                 factor, shift = torch.empty_like(parameter).uniform_(0.8, 1.2), 0.05 * torch.randn_like(parameter)
+                if isinstance(module, ElasticLevels):  # those of probabilities are small, and remain above 0
+                    shift *= module.width.abs()
                 parameter.mul_(factor).add_(shift)
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)

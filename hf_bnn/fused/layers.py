@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..kernels.weights import PANEL, Conv2dWeight, LinearWeight, conv2d_signs, linear_signs
+from ..kernels.operands import runs_directly
+from ..kernels.weights import PANEL, Conv2dWeight, LinearWeight, conv2d_signs, linear_signs, takes_panels
 from ..packed import PackedConv2d, PackedLinear
 from .base import Fused, Planned
 
@@ -98,10 +99,10 @@ class KernelLinear(Planned, _KernelLayer, PackedLinear):
         return self.call(x)
 
 
-class KernelConv2d(_KernelLayer, PackedConv2d):
+class KernelConv2d(Planned, _KernelLayer, PackedConv2d):
     """A PackedConv2d with its weight laid out for a kernel. Inference only."""
 
-    made = (*_KernelLayer.made, "kernel_corners", "kernel_shift")
+    made = (*_KernelLayer.made, "kernel_corners", "kernel_shift", "call")
 
     def keep(self, weight: Conv2dWeight, scale: Tensor, bias: Tensor | None, shift: Tensor | None, *rest: Any) -> None:
         threshold = torch.as_tensor(rest[-1], dtype=torch.float32, device=scale.device)
@@ -112,6 +113,11 @@ class KernelConv2d(_KernelLayer, PackedConv2d):
             kernel_shift=shift,
             kernel_threshold=threshold,
         )
+        self.call = self.plan()
+
+    def plan(self) -> kernels.Conv2dBlock | None:
+        taken = takes_panels(self.kernel_weight) and self.kernel_weight.dtype == torch.int32 and self.groups == 1
+        return kernels.Conv2dBlock(*self.laid_out()) if taken else None
 
     def laid_out(self) -> tuple:
         weight = Conv2dWeight(self.kernel_weight, self.kernel_corners, self.in_channels, self.groups)
@@ -120,6 +126,11 @@ class KernelConv2d(_KernelLayer, PackedConv2d):
 
     def kernel_signs(self) -> Tensor:
         return conv2d_signs(self.kernel_weight, self.kernel_corners, self.in_channels, self.groups)
+
+    def run_compiled(self, x: Tensor) -> Tensor:
+        if self.call is not None and x.dtype == torch.float32 and x.dim() == 4 and runs_directly(x):
+            return self.call(x)[0]
+        return super().run_compiled(x)
 
 
 class JointLinear(Planned, nn.Module):

@@ -36,6 +36,19 @@ INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
     return signs_of_16(x, t, step) | signs_of_16(x + 16, t + 16 * step, step) << 16;
 }
 
+#define SIGNS_OF_SOME
+INLINE uint32_t signs_of_some(const float *x, const float *t, const int step, int64_t count)
+{
+    uint32_t signs = 0, mask = (1u << count) - 1;
+    UNROLL for (int i = 0; i < 32; i += 16) {
+        const __mmask16 part = (__mmask16)(mask >> i);
+        __m512 values = _mm512_maskz_loadu_ps(part, x + i);
+        __m512 threshold = step ? _mm512_maskz_loadu_ps(part, t + i) : _mm512_set1_ps(*t);
+        signs |= (uint32_t)_mm512_mask_cmp_ps_mask(part, values, threshold, _CMP_LT_OQ) << i;
+    }
+    return signs;
+}
+
 /* A register holds a table of 16; of an index, only the low 4 bits count. */
 INLINE floats add_exponentials(floats sums, const struct scores *s, words counts, const int masks, words shut,
                                uint32_t bit)

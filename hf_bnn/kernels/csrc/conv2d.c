@@ -16,7 +16,8 @@ struct range {
 struct conv2d {
     const struct instruction_set *set;
     const struct conv2d_shape *shape;
-    const struct conv2d_layer *layer; /* what follows the convolution; NULL: nothing does */
+    const struct conv2d_layer *layer; /* with its epilogue, or NULL */
+    int finishes;                     /* whether the epilogue does anything, or bits are wanted */
     const float *x;
     const uint32_t *in_bits; /* of the input if `x` is NULL: [pixel][word] */
     const float *shortcut;
@@ -231,7 +232,7 @@ static void multiply_blocks(int64_t begin, int64_t end, void *context)
             product.weights += g * panels * panel_words;
             product.scale += g * product.outputs;
             find_pixels(c, first, g, &block);
-            if (c->layer) {
+            if (c->finishes) {
                 multiply_and_finish(c, &block, first);
             } else {
                 c->set->multiply(&product, &block, 0, panels, c->out + first * s->outputs + g * product.outputs);
@@ -348,6 +349,7 @@ int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads, const s
         .out = out,
         .out_bits = out_bits,
         .next_threshold = {next_threshold, next_per_output},
+        .finishes = out_bits || shortcut || layer->epilogue.alpha || layer->epilogue.rprelu_shift,
     };
     return run(&c, set, pool, threads, layer->corners, layer->shift, layer->bias);
 }

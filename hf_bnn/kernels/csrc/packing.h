@@ -1,9 +1,12 @@
 /* Floats to bits, written once for all instruction sets. The file that includes this has included vectors.h and says
  *
  *   signs_of_32(x, t, step)   bit i: x[i] < t[i * step], step 0 or 1
+ *
+ * and, if it defines SIGNS_OF_SOME, signs_of_some(x, t, step, count).
  */
 
 /* The signs of `count` < 32 inputs behind which the arrays may end. */
+#ifndef SIGNS_OF_SOME
 INLINE uint32_t signs_of_some(const float *x, const float *t, const int step, int64_t count)
 {
     float values[32] = {0}, thresholds[32] = {0};
@@ -11,6 +14,7 @@ INLINE uint32_t signs_of_some(const float *x, const float *t, const int step, in
     memcpy(thresholds, t, (size_t)(step ? count : 1) * sizeof *thresholds);
     return signs_of_32(values, thresholds, step) & ((1u << count) - 1);
 }
+#endif
 
 /* `linear`: whether prefixes run on from pair to pair. It and `step` are constants in every call. */
 INLINE void pack_row(const float *x, int64_t inputs, const float *t, const int step, const int linear, uint32_t *out)
