@@ -201,7 +201,7 @@ def test_rows_that_lose_to_fp32_are_listed(monkeypatch, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("milliseconds", "rounds", "seconds", "calls"),
     [
-        (0.25, 3, 60, 1 + 1 + 3 * (1 + 4)),  # four calls to a timing, and one before it that is not counted
+        (2.5, 3, 60, 1 + 1 + 3 * (2 + 8)),  # eight calls to a timing, and two before it that are not counted
         (300, 3, 60, 1 + 1 + 3),  # long calls are not repeated
         (300, 9, 0, 1 + 1 + 5),  # out of time after the fewest rounds
         (300, 2, 0, 1 + 1 + 2),

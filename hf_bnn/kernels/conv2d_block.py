@@ -93,6 +93,7 @@ class Conv2dBlock:
         threshold: float | Tensor = 0.0,
         epilogue: Epilogue = Epilogue(),  # noqa: B008 (immutable)
     ):
+        self.arguments = (weight, scale, bias, shift, stride, padding, dilation, threshold, epilogue)
         fused, out = rounds_once(), scale.shape[0]
         if weight.data.dtype != torch.int32 or weight.groups != 1:
             raise ValueError(
@@ -120,6 +121,9 @@ class Conv2dBlock:
         self.epilogue = Conv2dEpilogue(*addresses[:7], epilogue.shortcut_group, bool(fused))
         self.sums = addresses[7:]
         self.geometries: dict[tuple, tuple[Geometry, Conv2dLayer, int]] = {}
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), self.arguments  # addresses: a copy, or a pickle, makes its own
 
     def geometry(self, size: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Geometry, Conv2dLayer, int]:
         """Of inputs of `size` and `strides`; with the structure, and its address."""
