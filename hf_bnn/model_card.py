@@ -11,6 +11,14 @@ from .summary import summary
 
 TO_DO = "More information needed"  # what transformers writes where it knows nothing
 
+LAYERS = "of its linear and convolution layers but those below"
+BINARY = {
+    "both": f"weights and inputs {LAYERS}",
+    "weights": f"weights (inputs are float) {LAYERS}",
+    "activations": f"inputs (weights are float) {LAYERS}",
+    "none": "nothing: a float network of the same structure",
+}
+
 
 class Facts(NamedTuple):
     """What a card is made of. `structure` holds the fields of the model's config, or of its quantization_config."""
@@ -19,7 +27,7 @@ class Facts(NamedTuple):
     structure: Mapping[str, Any]
     method: str  # that trained the weights
     binary_share: float  # of all weights, 0 to 1
-    matrix_compression: float  # float32 bytes of the binary matrices over their packed bytes
+    matrix_compression: float | None  # float32 bytes of the binary matrices over their packed bytes; None without any
     packed: bool = True  # whether the file holds bits, or latent float weights
     plugged_in: bool = False  # a stock class, made binary by a quantization_config
 
@@ -32,15 +40,15 @@ def facts_of(model: nn.Module, packed: bool) -> Facts:
     settings = ", ".join(f"{key}={value}" for key, value in trained.items() if key not in ("name", "class"))
     method = f"{trained.get('name', 'unknown')}" + (f" ({settings})" if settings else "")
     name = type(model).__name__
-    return Facts(name, record, method, counted.binary_share, counted.matrix_compression, packed, plugged_in)
+    compression = counted.matrix_compression if counted.binary_weights else None
+    return Facts(name, record, method, counted.binary_share, compression, packed, plugged_in)
 
 
 def description(facts: Facts) -> str:
     """The section on what the model is, Markdown without a heading."""
-    sides = {"both": "weights and inputs", "weights": "weights (inputs are float)", "activations": "inputs only"}
     field = facts.structure.get
     rows = [
-        ("binary", f"{sides[field('binarize', 'both')]} of its linear and convolution layers but those below"),
+        ("binary", BINARY[field("binarize", "both")]),
         ("levels of the inputs", field("levels")),
         ("levels of the inputs behind GELU", field("ffn_levels")),
         ("products of attention", field("attention")),
@@ -49,11 +57,16 @@ def description(facts: Facts) -> str:
         ("float", ", ".join(f"`{name}`" for name in field("skip") or field("exclude") or ())),
         ("training method", facts.method),
         ("weights of which only the sign is used", f"{facts.binary_share:.1%} of all"),
-        ("their size, scales included", f"{facts.matrix_compression:.1f} times smaller than float32"),
     ]
+    if facts.matrix_compression is not None:
+        rows.append(("their size, scales included", f"{facts.matrix_compression:.1f} times smaller than float32"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value)
-    held = "bits" if facts.packed else "the latent float weights, to train on: it is no smaller than a float model's"
-    return f"A `{facts.architecture}` with binary layers. The file holds {held}.\n\n| | |\n|---|---|\n{table}"
+    held = (
+        "bits"
+        if facts.packed
+        else "float weights (latent ones, where they are binary): it is no smaller than a float model's"
+    )
+    return f"A `{facts.architecture}` of hf_bnn. The file holds {held}.\n\n| | |\n|---|---|\n{table}"
 
 
 def usage(facts: Facts, name: str) -> str:

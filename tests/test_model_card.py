@@ -38,10 +38,21 @@ def test_it_does_not_speak_of_what_a_family_lacks():
     assert found["levels of the inputs"] == "signed"
 
 
+@pytest.mark.parametrize(
+    ("binarize", "said"),
+    [("activations", "inputs (weights are float)"), ("none", "nothing: a float network of the same structure")],
+)
+def test_it_claims_no_binary_weights_where_there_are_none(binarize, said):
+    found = rows(description(facts_of(tiny_resnet(binarize=binarize), packed=False)))
+    assert found["binary"].startswith(said)
+    assert found["weights of which only the sign is used"] == "0.0% of all"
+    assert "their size, scales included" not in found
+
+
 def test_it_tells_bits_from_latent_weights():
     model = tiny_model()
     assert "The file holds bits." in description(facts_of(model, packed=True))
-    assert "no smaller than a float model" in description(facts_of(model, packed=False))
+    assert "it is no smaller than a float model's" in description(facts_of(model, packed=False))
     assert "optimize=True" in usage(facts_of(model, packed=True), "me/model")
     assert "optimize=True" not in usage(facts_of(model, packed=False), "me/model")
 
