@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import integer_product
+from ..functional import integer_conv2d, integer_product
 from .weights import PAIR, WORD, conv2d_signs, linear_signs
 
 # A mask's numbers below it shut a token out: transformers writes the smallest number of the dtype, others -inf or -1e4.
@@ -68,16 +68,21 @@ def conv2d(
     thresholds: Tensor | None = None,
 ) -> Tensor:
     """See kernels.conv2d."""
+    kernels = conv2d_signs(weight, corners, x.shape[1], groups)
+    if kernels.shape[2:] == (1, 1) and not any(padding):  # the other pixels are not seen
+        x, stride = x[:, :, :: stride[0], :: stride[1]], [1, 1]
     geometry = (stride, padding, dilation, groups)
-    kernels = conv2d_signs(weight, corners, x.shape[1], groups).float()
     inputs = signs(
         x, threshold, thresholds if thresholds is None or thresholds.dim() == 0 else thresholds.view(-1, 1, 1)
     )
     offset = None if bias is None else bias.view(-1, 1, 1)
     with torch.autocast(x.device.type, enabled=False):
-        sums = F.conv2d(inputs.float(), kernels, None, *geometry)
+        if groups == 1:
+            sums = integer_conv2d(inputs, kernels, *geometry)
+        else:
+            sums = F.conv2d(inputs.float(), kernels.float(), None, *geometry)
         if shift is not None:
-            seen = F.conv2d(torch.ones_like(inputs[:1], dtype=torch.float32), kernels, None, *geometry)
+            seen = F.conv2d(torch.ones_like(inputs[:1], dtype=torch.float32), kernels.float(), None, *geometry)
             weighted = seen * shift.view(-1, 1, 1)
             offset = weighted if offset is None else weighted + offset
     y = rescaled(sums, scale.view(-1, 1, 1), offset).to(x.dtype)

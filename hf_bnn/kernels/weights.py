@@ -77,7 +77,7 @@ class Conv2dWeight(NamedTuple):
         if takes_panels(bits) and groups_are_large(in_channels, out, groups):
             words = _xor_in_pairs(_bits_to_words(taps, channels)).view(groups, out // groups, -1)
             return cls(torch.cat([_words_to_panels(group) for group in words]), corners, in_channels, groups)
-        return cls(signs.permute(0, 3, 1, 2).contiguous(), corners, in_channels, groups)
+        return cls(signs.permute(0, 3, 1, 2), corners, in_channels, groups)  # channels last: rows of windows
 
     @property
     def kernel_size(self) -> tuple[int, int]:
