@@ -16,7 +16,7 @@ import torch
 
 VARIABLE = "HF_BNN_KERNEL"
 KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
-INTERFACE = 4  # of csrc/dispatch.c
+INTERFACE = 5  # of csrc/dispatch.c
 OK, OUT_OF_MEMORY, UNSURE, NOT_TAKEN = range(4)  # of csrc/hf_bnn.h
 
 # Multiply-accumulates per microsecond and thread, roughly: what decides whether threads are worth waking.
@@ -103,6 +103,7 @@ _SIGNATURES = {
     "hf_bnn_available": (c_int, (c_int64,)),
     "hf_bnn_count_bits": (c_int64, (c_int64,)),
     "hf_bnn_linear": (c_int, _ROWS),
+    "hf_bnn_linear_row_scaled": (c_int, (*_ROWS, c_void_p, c_void_p)),
     "hf_bnn_linear_weight_only": (c_int, _ROWS),
     "hf_bnn_ffn": (c_int, _ROWS),
     "hf_bnn_attention": (

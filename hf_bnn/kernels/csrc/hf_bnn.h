@@ -91,7 +91,11 @@ EXPORTED int hf_bnn_available(int64_t i);
 EXPORTED int hf_bnn_linear(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
                            int64_t threads, float *out);
 
-/* The same for inputs that stay floats. */
+/* The same with a scale for each row: (sum * scale) * row_scale + offset. The plan's own offset adds nothing. */
+EXPORTED int hf_bnn_linear_row_scaled(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
+                                      int64_t threads, const float *row_scale, const float *offset, float *out);
+
+/* The first for inputs that stay floats. */
 EXPORTED int hf_bnn_linear_weight_only(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
                                        int64_t threads, float *out);
 
