@@ -342,15 +342,6 @@ def test_other_dtypes_are_kept(backend: str, dtype: torch.dtype):
 # Threads
 
 
-@pytest.fixture
-def wants_threads(monkeypatch: pytest.MonkeyPatch):
-    """Every product is worth threads, and torch's number of them is restored."""
-    monkeypatch.setattr(library, "WORTH_THREADS", 0)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @every_kind
 @every_compiled_backend
 def test_results_do_not_depend_on_the_number_of_threads(backend: str, softmax: bool, wants_threads: None):

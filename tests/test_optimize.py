@@ -45,10 +45,12 @@ from hf_bnn import (
     pack_,
     unpack_,
 )
-from hf_bnn.fused.base import Fused
+from hf_bnn.fused import convolutions, layers
+from hf_bnn.fused.base import Fused, Planned
 from hf_bnn.fused.feed_forward import hidden_interval
 from hf_bnn.fused.layers import JointLinear, KernelConv2d, KernelLinear
 from hf_bnn.levels import ElasticLevels, UnsignedLevels
+from hf_bnn.models import fused as models_fused
 from hf_bnn.models.vit import BinaryViTConfig
 from hf_bnn.packed import PackedConv2d, PackedLinear
 
@@ -556,3 +558,22 @@ def test_kernel_layers_are_packed_ones():
     assert layers
     assert all(isinstance(layer, PackedLinear) for layer in layers)
     assert hf_bnn.summary(model) == hf_bnn.summary(hf_bnn.fused.restore_(copy.deepcopy(model)))
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "arguments", "said"),
+    [
+        (Planned, "plan", (), "must say what it calls"),
+        (layers._KernelLayer, "keep", (), "must say what its kernel takes"),
+        (layers._KernelLayer, "kernel_signs", (), "must say how its weight is laid out"),
+        (convolutions.Watched, "prepare", (), "must say what it runs"),
+        (convolutions.FusedBlock, "run", (None, None, None), "must say how it runs"),
+        (convolutions.FusedBlock, "first_level", (None,), "must say what its first convolution is"),
+        (convolutions.FusedBottleNeckBlock, "resized", (None, None), "must say how a shortcut is resized"),
+        (models_fused._FusedAttention, "projections", (), "must say which layers it joins"),
+        (models_fused._FusedFeedForward, "layers", (), "must say which layers it joins"),
+    ],
+)
+def test_bases_name_what_a_fused_class_must_have(base: type, method: str, arguments: tuple, said: str):
+    with pytest.raises(NotImplementedError, match=said):
+        getattr(base(), method)(*arguments)
