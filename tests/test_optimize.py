@@ -238,11 +238,12 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def test_an_encoder_layer_of_bert_base_is_held_in_a_28th_of_float():
+def test_an_encoder_layer_of_bert_base_is_held_in_a_28th_of_float(backend):
     config = tiny_config(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=1)
     encoder = BinaryBertModel(config).encoder
     floats = 4 * sum(p.numel() for name, p in encoder.named_parameters() if "levels" not in name)
-    assert floats / resident_bytes(optimize_(pack_(encoder))) >= 28
+    # Without kernels weights are int8 signs, as torch's product takes them.
+    assert floats / resident_bytes(optimize_(pack_(encoder))) >= (3.9 if backend == "torch" else 28)
 
 
 def test_nothing_is_kept_from_a_call():

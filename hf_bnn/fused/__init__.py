@@ -28,11 +28,13 @@ FUSERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
 def optimize_(model: nn.Module) -> nn.Module:
     """Make a packed model fast, in place, for inference: it computes what it did, and is saved as the packed model.
 
-    Each weight is held once, laid out for this machine's kernels; a state dict has the checkpoint's bits again. BERT's
-    and ViT's attention makes queries, keys and values in one product, and its binary products run on bits; hidden
-    values of a feed-forward block stay bits; ResNet's blocks run channels last, with normalization, shortcut and sign
-    in one pass. Results equal the packed model's, bit for bit, but for weights-only layers, whose float sums are added
-    in another order. Move the model to its device first. `unpack_` undoes it.
+    BERT's and ViT's attention makes queries, keys and values in one product, and its binary products run on bits;
+    hidden values of a feed-forward block stay bits; ResNet's blocks run channels last, with normalization, shortcut
+    and sign in one pass. Results equal the packed model's, bit for bit, but for weights-only layers, whose float
+    sums are added in another order. `unpack_` undoes it.
+
+    Each weight is held once, laid out for this machine's kernels (without any, as int8 signs, in a fourth of
+    float32's memory); a state dict has the checkpoint's bits again. Move the model to its device first.
 
     Raises ValueError if nothing in `model` is packed.
 
