@@ -144,6 +144,22 @@ def test_it_computes_what_the_packed_model_does(case, mode):
         assert torch.equal(run(optimize_(model)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["bert", "bert-binary-attention", "bert-boolean-attention", "resnet"])
+@torch.no_grad()
+def test_it_does_not_depend_on_torchs_default_dtype(name, dtype):
+    make, run = CASES[name]
+    model = packed(make())
+    given = tiny_images(rows=3)["pixel_values"] if run is images else tiny_batch()["input_ids"]
+    expected = first(model(given))
+    torch.set_default_dtype(dtype)
+    try:
+        found = first(optimize_(model)(given))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", ["bert-binary-attention", "vit", "resnet", "resnet-rsign"])
 @torch.no_grad()
 def test_it_does_so_on_every_backend(name, backend):

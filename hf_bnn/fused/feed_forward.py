@@ -20,8 +20,9 @@ def hidden_interval(first: nn.Module, activation: nn.Module, second: nn.Module) 
         return None
     if first.out_features != second.in_features or second.kernel_threshold.dim():
         return None
-    sums = torch.arange(-first.in_features, first.in_features + 1, 2, dtype=torch.float32).unsqueeze(1)
-    hidden = sums * first.kernel_scale
+    scale, size = first.kernel_scale, first.in_features
+    sums = torch.arange(-size, size + 1, 2, dtype=torch.float32, device=scale.device).unsqueeze(1)
+    hidden = sums * scale
     hidden = hidden if first.kernel_offset is None else hidden.add_(first.kernel_offset)
     low = activation(hidden) < second.kernel_threshold
     if not hidden.isfinite().all():
@@ -32,7 +33,7 @@ def hidden_interval(first: nn.Module, activation: nn.Module, second: nn.Module) 
     least, most = inside.min(), inside.max()
     if not low[(hidden >= least) & (hidden <= most)].all():
         return None
-    return least.item(), torch.nextafter(most, torch.tensor(math.inf)).item()
+    return least.item(), torch.nextafter(most, torch.full_like(most, math.inf)).item()
 
 
 def feed_forward(first: KernelLinear, interval: tuple[float, float], second: KernelLinear) -> kernels.FfnCall:

@@ -57,7 +57,7 @@ def _attention(
         rows = _with_rows(mask.expand(batch, heads, n, tokens))
         added, mask_steps = rows.data_ptr(), rows.stride()[:3]
     shape = AttentionShape(batch, heads, n, tokens, size, *steps, *mask_steps)
-    context = torch.empty((batch, n, heads, size))
+    context = query.new_empty((batch, n, heads, size))
     unsure = torch.empty((batch, heads, n), dtype=torch.bool)
     pool, _ = threads_for(batch * heads * n * tokens * (2 * size + WORK))
     results = (context.data_ptr(), unsure.data_ptr())
@@ -66,7 +66,7 @@ def _attention(
         return reference.attention(query, key, value, levels, scaling, mask, softmax)
     if status == UNSURE:  # too close to the threshold: in these rows the roundings of torch's own softmax decide
         found = unsure.view(-1).nonzero()
-        which, scores = (found.data_ptr(), len(found)), torch.empty((len(found), tokens))
+        which, scores = (found.data_ptr(), len(found)), query.new_empty((len(found), tokens))
         call("hf_bnn_attention_scores", chosen, shape, q, k, added, numbers, scaling, *which, scores.data_ptr())
         weights = scores.softmax(-1)
         call("hf_bnn_attention_context", chosen, shape, v, numbers, weights.data_ptr(), *which, context.data_ptr())
