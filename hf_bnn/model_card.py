@@ -77,10 +77,9 @@ def usage(facts: Facts, name: str) -> str:
     lines = [f"from {origin} import {facts.architecture}", "", f"model = {call}"]
     lines = ["import hf_bnn  # before the model is loaded", *lines] if facts.plugged_in else lines
     code = "\n".join(lines)
-    limits = [
-        "It needs the package hf_bnn: transformers alone does not know its layers.",
-        "All figures here are of the fully binary model.",
-    ]
+    limits = ["It needs the package hf_bnn: transformers alone does not know its layers."]
+    if facts.structure.get("binarize") != "none":
+        limits.append("All figures here are of the binary model, not of the float weights behind it.")
     return f"```python\n{code}\n```\n\n" + "\n".join(f"- {text}" for text in limits)
 
 

@@ -47,6 +47,9 @@ def test_it_claims_no_binary_weights_where_there_are_none(binarize, said):
     assert found["binary"].startswith(said)
     assert found["weights of which only the sign is used"] == "0.0% of all"
     assert "their size, scales included" not in found
+    assert ("figures here are of the binary model" in usage(facts_of(tiny_resnet(binarize=binarize), False), "x")) == (
+        binarize != "none"
+    )
 
 
 def test_it_tells_bits_from_latent_weights():

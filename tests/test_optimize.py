@@ -210,7 +210,9 @@ def test_unpacking_undoes_it(case):
     hf_bnn.fused.restore_(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
     assert not different(plain.state_dict(), model.state_dict())
-    unpack_(optimize_(model)).eval()
+    optimize_(model)
+    assert all(len(m._load_state_dict_post_hooks) <= 1 for m in model.modules())
+    unpack_(model).eval()
     assert not any(isinstance(m, Fused) for m in model.modules())
     with torch.no_grad():
         torch.testing.assert_close(run(model), expected)

@@ -34,7 +34,8 @@ class Fused:
         """Make `module` one of these, in place."""
         module.__class__ = cls
         module.derive()
-        module.register_load_state_dict_post_hook(_derive_again)
+        if _derive_again not in module._load_state_dict_post_hooks.values():  # left there by an earlier time
+            module.register_load_state_dict_post_hook(_derive_again)
 
     def derive(self) -> None:
         """Make what the fused forward needs, from the module's tensors: now, and after others were loaded."""
