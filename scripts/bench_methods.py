@@ -136,15 +136,16 @@ def stompp_order(arguments: argparse.Namespace, data: Data, rows: list[dict], sa
     """Add a row (net, arm, seed, accuracy) for each that is missing."""
     training = Training(arguments.steps, arguments.batch, arguments.lr)
     done = {(row["net"], row["arm"], row["seed"]) for row in rows}
+    cpu = environment()["cpu"]  # rows of several machines may come together in one file
     for name in arguments.nets:
         for seed in arguments.seeds:
             for arm_name, arm in NETS[name].arms.items():
-                if (name, arm_name, seed) not in done:
+                if arm_name in arguments.arms and (name, arm_name, seed) not in done:
                     start = time.perf_counter()
                     reached = run_arm(NETS[name], arm, data, training, seed)
                     seconds = time.perf_counter() - start
                     print(f"{name:<32}{arm_name:<24}seed {seed}{reached:>8.2f} %{seconds:>8.1f} s", flush=True)
-                    rows.append({"net": name, "arm": arm_name, "seed": seed, "accuracy": reached})
+                    rows.append({"net": name, "arm": arm_name, "seed": seed, "accuracy": reached, "cpu": cpu})
                     save()
 
 
@@ -277,6 +278,7 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(dest="command", required=True)
     order = commands.add_parser("stompp-order", parents=[shared])
     order.add_argument("--nets", nargs="+", choices=list(NETS), default=list(NETS))
+    order.add_argument("--arms", nargs="+", choices=list(ORDERS), default=list(ORDERS))
     order.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     order.add_argument("--steps", type=int, default=1500)
     order.add_argument("--lr", type=float, default=0.1)

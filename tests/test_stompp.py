@@ -273,13 +273,15 @@ def test_at_p_1_it_is_the_sign_network_and_the_packed_one():
 
 
 @pytest.mark.parametrize("limit", [None, 0.5])
-def test_without_ste_the_gradient_is_exactly_0_at_frozen_entries_and_the_clips_elsewhere(limit: float | None):
+def test_without_ste_the_gradient_is_exactly_0_at_frozen_entries_and_the_gates_elsewhere(limit: float | None):
     x, mask = torch.randn(64, 32, requires_grad=True), torch.rand(64, 32) < 0.5
     tensor = None if limit is None else torch.tensor(limit)
-    mix(x, mask, tensor, ste=False).sum().backward()
     bound = limit or 1.0
-    assert torch.equal(x.grad, ((x.abs() <= bound) & ~mask) / bound)
-    assert (x.grad[mask] == 0).all()
+    mix(x, mask, tensor, ste=False, bound=bound).sum().backward()
+    assert torch.equal(x.grad, ((x.abs() <= bound) & ~mask).float())
+    x.grad = None
+    mix(x, mask, tensor, ste=False, bound=None).sum().backward()
+    assert torch.equal(x.grad, (~mask).float())
     x.grad = None
     mix(x, True, tensor, ste=False).sum().backward()
     assert torch.equal(x.grad, torch.zeros_like(x))  # zeros, not None: DDP waits for every gradient
@@ -295,6 +297,69 @@ def test_with_ste_the_gradient_does_not_depend_on_the_mask():
     assert torch.equal(gradients[0], G * (x.abs() <= 1))
     assert torch.equal(gradients[0], gradients[1])
     assert torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("scaling", ["channel", "layer", "none"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_once_all_is_frozen_a_step_with_ste_is_the_straight_through_estimators_to_the_last_bit(scaling: str, kind: str):
+    x = 3 * torch.randn(5, 6, 4, 4) if kind == "conv" else 3 * torch.randn(5, 6)
+    found = []
+    for method in (STE(clip=2.0), Stompp(clip=2.0)):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(6, 4, 3) if kind == "conv" else nn.Linear(6, 4)
+        layer.weight.data.mul_(0.1)  # far from 1, where a bound in units of the scale and one of 1 part
+        net, z = binarize_(nn.Sequential(layer), method, weight_scaling=scaling).train(), x.clone().requires_grad_()
+        begin_step(net, at(TOTAL - 1))
+        net(z).square().sum().backward()
+        found.append([z.grad, net[0].weight.grad, net[0].bias.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("scaling", ["channel", "layer", "none"])
+@pytest.mark.parametrize("ste", [True, False])
+def test_a_live_weights_gradient_has_the_size_of_the_straight_through_estimators(scaling: str, ste: bool):
+    layer = binarize_(nn.Sequential(nn.Linear(6, 4)), Stompp(ste=ste), weight_scaling=scaling).train()[0]
+    set_fractions(layer, [0.0])
+    G = torch.randn(4, 6)
+    layer.weight_binarizer(layer.weight).backward(G)  # the straight-through estimator hands G on as it is
+    passed = layer.weight.abs() <= (layer.scale()[:, None] if scaling != "none" else 1) if not ste else torch.ones(4, 6)
+    assert torch.equal(layer.weight.grad, G * passed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gated"),
+    [
+        ({}, False),
+        ({"ste": False}, True),
+        ({"weight_gate": "on"}, True),
+        ({"weight_gate": "off", "ste": False}, False),
+    ],
+)
+def test_the_weights_gate_is_off_with_ste_unless_it_is_asked_for(arguments: dict, gated: bool):
+    layer = binarize_(nn.Sequential(nn.Linear(6, 4)), Stompp(**arguments)).train()[0]
+    set_fractions(layer, [0.0])
+    layer.weight_binarizer(layer.weight).sum().backward()
+    beyond = layer.weight.abs() > layer.scale()[:, None]
+    assert beyond.any()
+    assert bool((layer.weight.grad[beyond] == 0).all()) == gated
+    assert (layer.weight.grad[~beyond] == 1).all()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("clip", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "matmul"])
+def test_inputs_pass_the_gradient_up_to_the_clip_bound(kind: str, clip: float, fraction: float):
+    found = 0
+    for layer in binary_layers(make_net(kind, Stompp(clip=clip)).model):
+        for slot, part in layer.parts():
+            if isinstance(part, MaskedSign) and slot != "weight_binarizer":
+                part.fraction = fraction
+                part.mask = (torch.rand(part.shape) < 0.5).float() if fraction == 0.5 else None
+                x = (3 * torch.randn(2, *([32] if part.periodic else part.shape))).requires_grad_()
+                part(x).sum().backward()
+                assert torch.equal(x.grad, (x.abs() <= clip).float())
+                found += 1
+    assert found
 
 
 # 6: the blockade
@@ -565,6 +630,7 @@ def test_a_module_has_at_most_three_graphs():
         ({"end": 0.0}, r"end=0.0: expected a number in \(0, 1\]"),
         ({"end": 1.5}, r"end=1.5: expected a number in \(0, 1\]"),
         ({"refresh": -1}, "refresh=-1: expected an integer >= 0"),
+        ({"weight_gate": "half"}, "weight_gate='half': expected one of auto, on, off"),
     ],
 )
 def test_a_bad_setting_is_named_with_what_was_expected(arguments: dict, message: str):

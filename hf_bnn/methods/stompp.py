@@ -23,6 +23,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 ORDERS = ("forward", "reverse", "global")
 UNITS = ("linear", "group", "block")
 SIDES = ("both", "weights", "activations")
+GATES = ("auto", "on", "off")
 PERIOD = 64  # keys of a product's operand, whose sizes vary: position i of its last dimension has key i mod 64
 SMALLEST_LIMIT = torch.finfo(torch.float32).tiny
 
@@ -34,9 +35,20 @@ class _Mix(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, limit: Tensor | None, mask: Tensor | None, hard: bool, ste: bool) -> Tensor:
-        ctx.save_for_backward(x, limit, None if ste else mask)
-        ctx.dead = hard and not ste
+    def forward(
+        ctx,
+        x: Tensor,
+        limit: Tensor | None,
+        mask: Tensor | None,
+        hard: bool,
+        ste: bool,
+        bound: Tensor | float | None,
+    ) -> Tensor:
+        ctx.dead, ctx.bound, tensor = hard and not ste, bound, None
+        if isinstance(bound, Tensor):
+            ctx.bound, tensor = None, bound
+        bounded = bound is not None and not ctx.dead
+        ctx.save_for_backward(x if bounded else None, tensor, None if ste else mask)
         if hard:
             return sign(x)
         y = x.clamp(-1, 1) if limit is None else (x / limit).clamp_(-1, 1)
@@ -45,28 +57,31 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, limit, frozen = ctx.saved_tensors
+        x, bound, frozen = ctx.saved_tensors
+        nothing = (None,) * 5
         if ctx.dead:
-            passed = torch.zeros_like(grad)
-        else:
-            passed = clipped_gradient(grad, x, 1.0 if limit is None else limit)
-            if frozen is not None:
-                passed.mul_(1 - frozen.to(x.dtype))
-            if limit is not None:
-                passed.div_(limit)
-        return passed, None, None, None, None
+            return torch.zeros_like(grad), *nothing
+        passed = grad if x is None else clipped_gradient(grad, x, ctx.bound if bound is None else bound)
+        return passed if frozen is None else passed * (1 - frozen.to(grad.dtype)), *nothing
 
 
-def mix(x: Tensor, mask: Tensor | bool, limit: Tensor | None = None, ste: bool = True) -> Tensor:
+def mix(
+    x: Tensor,
+    mask: Tensor | bool,
+    limit: Tensor | None = None,
+    ste: bool = True,
+    bound: Tensor | float | None = 1.0,
+) -> Tensor:
     """u' = M sign(u) + (1 - M) clip(u, -1, 1) with u = x / limit (arXiv 2606.27759, eq. 1); the shape of `x`.
 
-    `mask` M, of zeros and ones, broadcasts to it, or is True or False everywhere. The gradient is that of the clip, or,
-    without `ste`, exactly 0 at the frozen entries (M = 1). `limit`, a constant > 0, is where the clip saturates: times
-    it, the values are +-limit and clip(x, -limit, limit).
+    `mask` M, of zeros and ones, broadcasts to it, or is True or False everywhere. `limit`, a constant > 0, is where the
+    clip saturates: times it, the values are +-limit and clip(x, -limit, limit). The gradient passes, as it is, where
+    |x| <= `bound` (None: everywhere); without `ste` it is exactly 0 at the frozen entries (M = 1). It is not divided by
+    `limit`, as the clip's own would be: so it has the size that it has for the straight-through estimator.
     """
     if isinstance(mask, bool):
-        return _Mix.apply(x, limit, None, mask, ste)
-    return _Mix.apply(x, limit, mask, False, ste)
+        return _Mix.apply(x, limit, None, mask, ste, bound)
+    return _Mix.apply(x, limit, mask, False, ste, bound)
 
 
 def _generator(*place: int) -> torch.Generator:
@@ -127,11 +142,19 @@ class MaskedSign(Part):
         if self.scaling is not None and self.scaling != "none":
             limit = weight_scale(x, self.scaling).clamp_min(SMALLEST_LIMIT).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
         if self.mask is None:
-            return mix(x, self.fraction >= 1, limit, self.method.ste)
+            return mix(x, self.fraction >= 1, limit, self.method.ste, self._bound(limit))
         mask = self.mask.to(x.device)
         if self.periodic:
             mask = mask.repeat(-(-x.shape[-1] // PERIOD))[: x.shape[-1]]
-        return mix(x, mask, limit, self.method.ste)
+        return mix(x, mask, limit, self.method.ste, self._bound(limit))
+
+    def _bound(self, limit: Tensor | None) -> Tensor | float | None:
+        """Up to which size an entry passes its gradient; None: all do."""
+        if self.scaling is None:
+            return self.method.clip
+        if not self.method.gates_weights:
+            return None
+        return 1.0 if limit is None else limit
 
     def begin_step(self, layer: nn.Module, step: Step) -> None:
         weight = getattr(layer, "weight", None)
@@ -167,12 +190,18 @@ class Stompp(Method):
     tensor ("group": query, key, value) or each "block". `on`: masks on weights and activations ("both"), or on one of
     them, with the straight-through estimator on the other.
 
-    `ste`: frozen entries keep the clip's gradient; False: theirs is exactly 0, so that nothing in front of a binary
-    layer learns any more. `refresh`: an entry's key is redrawn every r = min(refresh, max(1, window // 8)) steps; 0:
-    never. `zero_momentum`: a weight's momentum is forgotten when it freezes.
+    `ste`: frozen entries have the straight-through estimator's gradient, as live ones do; False: theirs is exactly 0,
+    so that nothing in front of a binary layer learns any more. `clip`: inputs pass the gradient where |x| <= clip, in
+    units of their levels, whatever the values are, which saturate at 1. `weight_gate`: weights pass it only up to where
+    they saturate ("on", the paper's clip) or always ("off", as under the straight-through estimator); "auto" is "off"
+    with `ste`, "on" without it. `refresh`: an entry's key is redrawn every r = min(refresh, max(1, window // 8)) steps;
+    0: never. `zero_momentum`: a weight's momentum is forgotten when it freezes.
 
-    Deviations: weights saturate at their layer's scale, clip(w, -s, s) beside s sign(w), s being constant in the
-    gradient; activations in units of their levels. Their masks are shared by batch and tokens (by pixels of a channel).
+    Deviations. Weights saturate at their layer's scale s, clip(w, -s, s) beside s sign(w), and their gradient is s times
+    that of the clip (s is constant in it): it is then the straight-through estimator's, and both learn at the same
+    rate; at s = 0.03 the clip's own would be 30 times larger. Gating weights at s = mean |w| would leave about half of
+    them without a gradient, where the paper gates at 1, which few weights reach. Activations saturate in units of
+    their levels. Their masks are shared by batch and tokens (by pixels of a channel).
 
     >>> Stompp(order="global").fraction(Site(0, 4), Step(45, 100, 0.1))
     0.125
@@ -190,13 +219,14 @@ class Stompp(Method):
     unit: str = "group"
     on: str = "both"
     ste: bool = True
+    weight_gate: str = "auto"
     refresh: int = 100
     zero_momentum: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = {"order": ORDERS, "schedule": SCHEDULES, "unit": UNITS, "on": SIDES}
+        choices = {"order": ORDERS, "schedule": SCHEDULES, "unit": UNITS, "on": SIDES, "weight_gate": GATES}
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r}: expected one of {', '.join(allowed)}")
@@ -204,6 +234,11 @@ class Stompp(Method):
             raise ValueError(f"end={self.end}: expected a number in (0, 1]")
         if self.refresh < 0:
             raise ValueError(f"refresh={self.refresh}: expected an integer >= 0")
+
+    @property
+    def gates_weights(self) -> bool:
+        """Whether weights beyond where they saturate pass no gradient."""
+        return not self.ste if self.weight_gate == "auto" else self.weight_gate == "on"
 
     def claims(self) -> frozenset[str]:
         sides = {"weights": {"weight_binarizer"}, "activations": {"input_binarizer"}}
