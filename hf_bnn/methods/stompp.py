@@ -197,11 +197,11 @@ class Stompp(Method):
     with `ste`, "on" without it. `refresh`: an entry's key is redrawn every r = min(refresh, max(1, window // 8)) steps;
     0: never. `zero_momentum`: a weight's momentum is forgotten when it freezes.
 
-    Deviations. Weights saturate at their layer's scale s, clip(w, -s, s) beside s sign(w), and their gradient is s times
-    that of the clip (s is constant in it): it is then the straight-through estimator's, and both learn at the same
-    rate; at s = 0.03 the clip's own would be 30 times larger. Gating weights at s = mean |w| would leave about half of
-    them without a gradient, where the paper gates at 1, which few weights reach. Activations saturate in units of
-    their levels. Their masks are shared by batch and tokens (by pixels of a channel).
+    Deviations. Weights saturate at their layer's scale s, clip(w, -s, s) beside s sign(w). Their gradient is s times
+    the clip's, in which s is constant: so it has the size of the straight-through estimator's, and both may be compared
+    at one learning rate (1 / s is about 30). With `ste` weights are not gated: the paper gates at 1, which few weights
+    reach, but s = mean |w| would leave about half of them without a gradient. Activations saturate in units of their
+    levels. Their masks are shared by batch and tokens (by pixels of a channel).
 
     >>> Stompp(order="global").fraction(Site(0, 4), Step(45, 100, 0.1))
     0.125
