@@ -118,8 +118,8 @@ class ThresholdLevels(LearnedLevels):
 class ElasticLevels(LearnedLevels):
     """{-a, a}, or {0, a} if not signed, around a learned b (BiT's elastic binarization, arXiv 2205.13016, eq. 5).
 
-    `width` is the paper's alpha, `offset` its beta, both 0-d parameters. The sign is that of (x - b) / a, or of
-    2 (x - b) / a - 1; the gradients of a and b are those of the straight-through estimator.
+    `width` is the paper's alpha, `offset` its beta, both of shape (1,): FSDP2 shards no scalars. The sign is that of
+    (x - b) / a, or of 2 (x - b) / a - 1; the gradients of a and b are those of the straight-through estimator.
 
     >>> ElasticLevels(signed=False).threshold()
     tensor(0.5000, grad_fn=<AddBackward0>)
@@ -130,8 +130,8 @@ class ElasticLevels(LearnedLevels):
         self.signed = signed
         self.shifted = not signed
         self.initial_width = width
-        self.width = nn.Parameter(torch.empty(()))
-        self.offset = nn.Parameter(torch.empty(()))
+        self.width = nn.Parameter(torch.empty(1))
+        self.offset = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -157,11 +157,18 @@ class ElasticLevels(LearnedLevels):
             self.width.fill_(width)
         self.fresh = False
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        for name, parameter in self.named_parameters():  # scalars are how levels used to be saved
+            if (saved := state_dict.get(f"{prefix}{name}")) is not None and saved.dim() == 0:
+                state_dict[f"{prefix}{name}"] = saved.view(parameter.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _positive_width(self) -> Tensor:
-        return self.width.abs().clamp_min(SMALLEST_SCALE)
+        return self.width.view(()).abs().clamp_min(SMALLEST_SCALE)
 
     def threshold(self) -> Tensor:
-        return self.offset if self.signed else self.offset + self._positive_width() / 2
+        offset = self.offset.view(())  # 0-d, so that inputs of any shape keep theirs
+        return offset if self.signed else offset + self._positive_width() / 2
 
     def normalize(self, x: Tensor) -> Tensor:
         width = self._positive_width()
@@ -201,10 +208,10 @@ class BooleanLevels(ElasticLevels):
         self.fresh = False
 
     def threshold(self) -> Tensor:
-        return self.offset
+        return self.offset.view(())
 
     def normalize(self, x: Tensor) -> Tensor:
-        return x - self.offset
+        return x - self.threshold()
 
     def extra_repr(self) -> str:
         return ""

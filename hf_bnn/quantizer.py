@@ -24,6 +24,7 @@ from .layers import BINARIZE, binary_layers
 from .levels import ElasticLevels, LearnedLevels, SignedLevels, UnsignedLevels
 from .models.base import BinaryModelMixin, check_choice
 from .packed import is_packed
+from .scalar_levels import has_scalar_levels, set_levels_shape_
 from .selection import candidates, check_patterns, choose_layers, covered, default_exclude, head_layers
 
 NAME = "hf_bnn"
@@ -155,6 +156,9 @@ class BinaryQuantizer(HfQuantizer):
             empty_packed_(model)
         else:
             install_method(model)
+        self.scalar_levels = self.pre_quantized and has_scalar_levels(None, checkpoint_files)
+        if self.scalar_levels:
+            set_levels_shape_(model, ())
         model.loaded_format = config.weight_format if self.pre_quantized else "float"
         model.expected_shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
         model.config.quantization_config = config
@@ -163,6 +167,8 @@ class BinaryQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model.__dict__.pop("expected_shapes", None)
+        if self.scalar_levels:
+            set_levels_shape_(model, (1,))
         levels = [module for module in model.modules() if isinstance(module, LearnedLevels)]
         offloaded = any(parameter.is_meta for module in levels for parameter in module.parameters())
         if offloaded and hasattr(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .layers import BinaryLayer, binary_layers
 from .levels import SignedLevels
+from .scalar_levels import take_scalar_states
 
 if TYPE_CHECKING:
     from .methods.base import Method, Part, Step
@@ -54,6 +55,7 @@ def end_backward(model: nn.Module, step: Step) -> None:
 
 def hook_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method) -> None:
     """Let `method`, which is installed in `model`, hook into the optimizer's steps. Once per optimizer, before any."""
+    take_scalar_states(optimizer)
     layers = [layer for layer in binary_layers(model) if layer.binary_weight]
     method.optimizer_hook(optimizer, [(layer.weight_binarizer.site, layer) for layer in layers])
 

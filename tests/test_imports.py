@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
     {"functional", "integrity", "allocator", "activations"},
     {"levels", "products", "methods", "embeddings", "kernels"},
-    {"layers"},
+    {"layers", "scalar_levels"},
     {"packed", "attention"},
     {"fused"},
     {"convert", "summary"},

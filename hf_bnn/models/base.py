@@ -23,6 +23,7 @@ from ..integrity import CorruptCheckpointError, file_digest, verify_files
 from ..layers import BINARIZE
 from ..levels import ElasticLevels, LearnedLevels, SignedLevels
 from ..packed import PACKED, is_packed
+from ..scalar_levels import levels_as_saved
 from ..training import method_state_names
 
 logger = logging.get_logger(__name__)
@@ -167,7 +168,8 @@ class BinaryModelMixin:
         try:
             found = model.float_weights(*found) if model.loaded_format == "float" else found
             parent = super(BinaryModelMixin, type(model))._load_pretrained_model
-            return parent(model, *found, load_config, *args, **kwargs)
+            with levels_as_saved(model, *found):
+                return parent(model, *found, load_config, *args, **kwargs)
         except SafetensorError as error:
             raise CorruptCheckpointError(
                 f"{', '.join(map(str, checkpoint_files))} cannot be read ({error}): fetch or save it again"
