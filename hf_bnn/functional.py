@@ -102,6 +102,36 @@ def weight_scale(weight: Tensor, scaling: str = "channel") -> Tensor:
     return per_channel if scaling == "channel" else per_channel.mean().expand_as(per_channel)
 
 
+def learning_scale(scale: Tensor, inputs: int) -> Tensor:
+    """`scale` `(out,)`, never 0: what a gradient is multiplied by. `inputs`: the weights of an output channel.
+
+    Where the scale is 0, a channel of zeros, it is the mean scale of the layer, or 1 / sqrt(inputs) if all are 0: times
+    0, the gradient could never make such a channel anything else.
+    """
+    mean = scale.mean()
+    usual = torch.where(mean == 0, inputs**-0.5, mean)
+    return torch.where(scale == 0, usual, scale)  # a NaN stays one
+
+
+class _Silence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, signs: Tensor, scale: Tensor) -> Tensor:
+        return signs * (scale != 0).to(signs.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+def silence(signs: Tensor, scale: Tensor) -> Tensor:
+    """`signs` with 0 in the channels whose scale is 0; the gradient passes there, too. `scale` has shape `(out,)`."""
+    # A pass over the weights, which on a CPU costs more than to ask. Elsewhere the answer would have to be waited for.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if scale.device.type == "cpu" and not traced and not bool((scale == 0).any()):
+        return signs
+    return _Silence.apply(signs, scale.view(-1, *[1] * (signs.dim() - 1)))
+
+
 def pack_bits(x: Tensor) -> Tensor:
     """Sign bits of `(out, in)` as uint8 `(out, ceil(in / 8))`: little-endian along the input, bit 1 = negative."""
     bits = F.pad((x < 0).to(torch.uint8), (0, -x.shape[-1] % 8))

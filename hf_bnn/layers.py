@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .functional import WEIGHT_SCALINGS, sign, sign_int8, weight_scale
+from .functional import WEIGHT_SCALINGS, learning_scale, sign, sign_int8, silence, weight_scale
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
 
@@ -179,10 +179,13 @@ class WeightedLayer(BinaryLayer):
         signs = x if self.input_binarizer is None else self.input_binarizer(self.input_levels.normalize(x))
         if self.weight_binarizer is None:
             return self._with_float_weight(signs)
-        weight = self.weight_binarizer(self.weight)
+        weight, scale = self.weight_binarizer(self.weight), self.scale()
+        if self.weight_scaling != "none":
+            # A channel of zeros puts out 0 because its signs do, not its scale: so its weights get a gradient.
+            weight, scale = silence(weight, scale), learning_scale(scale, weight[0].numel())
         total = self.product.weight_sum(weight, x) if self.input_levels.shifted else None
         bias = None if self.bias is None else self.product.per_channel(self.bias)
-        scale = self.product.per_channel(self.scale())
+        scale = self.product.per_channel(scale)
         y = rescale(self.product(signs, weight), scale, total, self.input_levels, bias)
         return y.to(self.weight.dtype)
 

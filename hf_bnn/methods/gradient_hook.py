@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..functional import exactly, weight_scale
+from ..functional import exactly, learning_scale, weight_scale
 from .base import Site, Step
 from .selective_scan import BLOCKS, FastNet, SlowNet
 from .unscaled_sign import UnscaledSign
@@ -59,11 +59,12 @@ def calibrate(weight: Tensor, binarizer: str) -> Calibration:
     weight = weight.detach().float()
     if binarizer == "dorefa":
         T = weight.tanh()
-        largest = T.abs().max().clamp_min(torch.finfo(torch.float32).eps)
+        largest = T.abs().max()
+        largest = torch.where(largest == 0, 1.0, largest)
         return Calibration(T / (2 * largest) + 0.5, (1 - T * T) / largest)
     slope = (weight.abs() <= 1).float()
     if binarizer == "bwn_channel":
-        slope *= weight_scale(weight).view(-1, *(1,) * (weight.dim() - 1))
+        slope *= learning_scale(weight_scale(weight), weight[0].numel()).view(-1, *(1,) * (weight.dim() - 1))
     return Calibration(weight, slope)
 
 
