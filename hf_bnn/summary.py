@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .layers import BinaryLayer
+from .levels import SignedLevels
 from .packed import PACKED, PackedConv2d, PackedLinear
 
 
@@ -49,15 +50,20 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _weights(model: nn.Module) -> int:
-    count, shared = 0, set()  # a bias may belong to two modules
+    count, seen = 0, set()  # a bias may belong to two modules
+    for module in model.modules():
+        if isinstance(module, BinaryLayer):  # what its method has put into it is gone after training
+            seen.update(p for _, part in module.parts() for p in part.parameters())
+        if isinstance(module, SignedLevels):
+            seen.update(module.parameters())
     for module in model.modules():
         if isinstance(module, PackedLinear | PackedConv2d):
             count += module.signs().numel()
             count += 0 if module.bias is None else module.bias.numel()
         elif isinstance(module, nn.Embedding):
             count += module.num_embeddings * module.embedding_dim
-        elif not type(module).__module__.startswith(("hf_bnn.methods", "hf_bnn.levels")):
-            own = [p for p in module.parameters(recurse=False) if p not in shared]
-            shared.update(own)
+        else:
+            own = [p for p in module.parameters(recurse=False) if p not in seen]
+            seen.update(own)
             count += sum(p.numel() for p in own)
     return count

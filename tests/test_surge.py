@@ -23,7 +23,7 @@ from hf_bnn import binarize_, install_method
 from hf_bnn.functional import clipped_sign, identity_sign
 from hf_bnn.layers import BinaryLinear
 from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
-from hf_bnn.methods import STE, ApproxSign, Method, Step, Surge
+from hf_bnn.methods import STE, ApproxSign, IRNet, Method, ReSTE, Step, Stompp, Surge
 from hf_bnn.methods.surge import AUX, AuxiliaryBranch
 from hf_bnn.products import Conv2dProduct, LinearProduct
 from hf_bnn.training import begin_step, parameter_roles, split_groups, statistics
@@ -643,6 +643,53 @@ def test_the_statistics_of_a_logged_step_are_the_formulas(aux: str):
     assert found["0/clipped"] == pytest.approx(float((x.abs() > 1).float().mean()))
     assert found["0/lambda"] == pytest.approx(float(ETA * g_b.norm() / g_a.norm()), rel=1e-4)
     assert found["0/cosine"] == pytest.approx(float(F.cosine_similarity(g_b.flatten(), g_a.flatten(), 0)), rel=1e-4)
+
+
+def clipped_share(method: Method, x: Tensor, rows: int, levels=None, kind: str = "linear") -> float:
+    """The statistic of a step whose loss sees the first `rows` examples."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 8, 3, padding=1) if kind == "conv" else nn.Linear(12, 8)
+    net = binarize_(nn.Sequential(layer), method, levels=levels and (lambda name: levels)).train()
+    begin_step(net, Step(99, 100, 0.1, log=True))
+    net(x.clone().requires_grad_())[:rows].square().sum().backward()
+    return statistics(net)["0/clipped"]
+
+
+@pytest.mark.parametrize("aux", AUX)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_inputs_that_no_gradient_reaches_do_not_count_as_clipped(kind: str, aux: str):
+    x = torch.randn(20, 4, 3, 3) if kind == "conv" else torch.randn(20, 7, 12)
+    x[5:] *= 100
+    share = clipped_share(Surge(aux=aux, rank=4), x, 5, kind=kind)
+    assert share == pytest.approx(float((x[:5].abs() > 1).float().mean()))
+    assert clipped_share(Surge(aux=aux, rank=4), x, 0, kind=kind) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "bound"),
+    [
+        (Surge(clip=2.0), 2.0),
+        (Surge(clip=2.0, aux="leaky"), 2.0),
+        (ApproxSign(clip=0.5) + Surge(clip=0.5), 0.5),
+        (Stompp(clip=2.0) + Surge(clip=2.0), 2.0),
+        (ReSTE() + Surge(), 1.5),
+        (IRNet(libra=False) + Surge(), float("inf")),
+    ],
+)
+def test_the_clipped_share_goes_by_the_bound_of_whatever_estimates_the_inputs_gradient(method: Method, bound: float):
+    x = 2 * torch.randn(50, 12)
+    assert clipped_share(method, x, 50) == pytest.approx(float((x.abs() > bound).float().mean()))
+
+
+def test_the_clipped_share_is_in_units_of_the_inputs_levels_and_0_where_inputs_are_float():
+    x, levels = torch.randn(50, 12), ElasticLevels()
+    with torch.no_grad():
+        levels.width.fill_(0.5)
+    assert clipped_share(Surge(), x, 50, levels) == pytest.approx(float((x.abs() > 0.5).float().mean()))
+    net = binarize_(nn.Sequential(nn.Linear(12, 8)), Surge(), binarize="weights").train()
+    begin_step(net, Step(0, 10, 0.1, log=True))
+    net(x.requires_grad_()).sum().backward()
+    assert statistics(net)["0/clipped"] == 0
 
 
 def test_nothing_is_recorded_in_a_step_that_is_not_logged():

@@ -24,6 +24,9 @@ class ApproximateSign(Part):
     def forward(self, x: Tensor) -> Tensor:
         return surrogate_sign(x, triangle_gradient, settings=(self.clip,))
 
+    def clip_bound(self) -> float:
+        return self.clip
+
 
 @dataclass(frozen=True)
 class ApproxSign(Method):

@@ -1,5 +1,6 @@
 """A method is a factory of parts; a part is a small module with a forward and two moments per optimizer step."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple
@@ -57,6 +58,10 @@ class Part(nn.Module):
         """What the part recorded in the last logged step, by name."""
         return {}
 
+    def clip_bound(self) -> float:
+        """The size, in units of an input's levels, beyond which the input's own gradient is 0; infinity: none is."""
+        return math.inf
+
     def binary_fraction(self) -> float:
         """How much of what the part puts out in training is binary, 0 to 1: below 1 it has not finished its work."""
         return 1.0
@@ -71,6 +76,9 @@ class ClippedSign(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         return clipped_sign(x, self.clip)
+
+    def clip_bound(self) -> float:
+        return self.clip
 
 
 class IdentitySign(Part):

@@ -43,6 +43,9 @@ class ReSTESign(Part):
     def forward(self, x: Tensor) -> Tensor:
         return surrogate_sign(x, self.gradient, self.o, settings=(self.method.threshold, self.method.interval))
 
+    def clip_bound(self) -> float:
+        return self.method.threshold
+
 
 class ReSTEWeightSign(ReSTESign):
     """sign(w), with that gradient at w in units of its output channel's standard deviation."""

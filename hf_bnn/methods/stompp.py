@@ -148,6 +148,9 @@ class MaskedSign(Part):
             mask = mask.repeat(-(-x.shape[-1] // PERIOD))[: x.shape[-1]]
         return mix(x, mask, limit, self.method.ste, self._bound(limit))
 
+    def clip_bound(self) -> float:
+        return self.method.clip
+
     def _bound(self, limit: Tensor | None) -> Tensor | float | None:
         """Up to which size an entry passes its gradient; None: all do."""
         if self.scaling is None:

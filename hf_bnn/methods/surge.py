@@ -1,8 +1,9 @@
 """SURGE: a full-precision branch beside each binary operator, felt only in the backward pass (arXiv 2605.10989)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,19 @@ def gradient_scale(eta: float, main: Tensor, extra: Tensor) -> Tensor:
     return eta * main.float().norm() / (extra.float().norm() + 1e-8)
 
 
-def _record(record: Tensor | None, main: Tensor, extra: Tensor, scale: Tensor) -> None:
-    """Write (share of clipped inputs, lambda, cos(g_b, g_a)) into `record`."""
-    if record is not None:
+class Record(NamedTuple):
+    """Where a backward pass writes its statistics, and which of the inputs are beyond the clip bound."""
+
+    values: Tensor
+    clipped: Tensor
+
+    def write(self, main: Tensor, extra: Tensor, scale: Tensor) -> None:
+        """(Share of clipped inputs, lambda, cos(g_b, g_a)). Inputs that no gradient reaches, padding, do not count."""
         b, a = main.float().flatten(), extra.float().flatten()
         cosine = torch.dot(b, a) / (b.norm() * a.norm() + 1e-12)
-        record.copy_(torch.stack([(b == 0).float().mean(), scale, cosine]))
+        counts = extra != 0
+        share = (self.clipped & counts).sum() / counts.sum().clamp_min(1)
+        self.values.copy_(torch.stack([share, scale, cosine]))
 
 
 class _Open(torch.autograd.Function):
@@ -56,7 +64,8 @@ class _Open(torch.autograd.Function):
         else:
             extra, aux_gradients = _lowrank_kernels(ctx.product, G, x, aux_same, ctx.weight_shape)
         scale = gradient_scale(ctx.eta, main, extra)
-        _record(ctx.record, main, extra, scale)
+        if ctx.record is not None:
+            ctx.record.write(main, extra, scale)
         aux_gradients = [
             None if g is None else g.mul_(scale).to(w.dtype) for g, w in zip(aux_gradients, aux, strict=True)
         ]
@@ -100,7 +109,10 @@ class _Join(torch.autograd.Function):
 
 
 class Recorder(Part):
-    """Holds three statistics of the last logged backward pass of its layer: clipped share, lambda, cosine."""
+    """Holds three statistics of the last logged backward pass of its layer.
+
+    clipped: the share of the inputs that are beyond the clip bound, of those that a gradient reaches; lambda; cosine.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,9 +122,14 @@ class Recorder(Part):
     def begin_step(self, layer: nn.Module, step) -> None:
         self.recording = step.log
 
-    def active_record(self) -> Tensor | None:
-        """The buffer to write to, or None. A compiled graph records nothing: its backward may not write to buffers."""
-        return self.record if self.recording and not torch.compiler.is_compiling() else None
+    def active_record(self, u: Tensor, bound: float) -> Record | None:
+        """What to write to for inputs `u` in units of their levels, or None if nothing is to be recorded.
+
+        A compiled graph records nothing: its backward may not write to buffers.
+        """
+        if not self.recording or torch.compiler.is_compiling():
+            return None
+        return Record(self.record, u.detach().abs() > bound)
 
     def statistics(self) -> dict[str, float]:
         return dict(zip(STATISTICS, self.record.tolist(), strict=True)) if self.recording else {}
@@ -137,21 +154,27 @@ class AuxiliaryBranch(Recorder):
             return operator(x)
         (layer,) = self._layer
         aux = tuple(self.aux) if len(self.aux) else (layer.weight.detach(),)
-        x_open, token = _Open.apply(
-            x, self.product, layer.weight.shape, _output_dtype(x), self.eta, self.active_record(), *aux
-        )
+        record = self._record(layer, x) if self.recording else None
+        x_open, token = _Open.apply(x, self.product, layer.weight.shape, _output_dtype(x), self.eta, record, *aux)
         return _Join.apply(operator(x_open), token)
+
+    @torch.no_grad()
+    def _record(self, layer: nn.Module, x: Tensor) -> Record | None:
+        binarizer = layer.input_binarizer  # another method's, in a sum
+        bound = math.inf if binarizer is None else binarizer.clip_bound()
+        return self.active_record(layer.input_levels.normalize(x), bound)
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def leaky_gradient(extra: Tensor, x: Tensor, clip: float, eta: float, record: Tensor | None) -> Tensor:
+def leaky_gradient(extra: Tensor, x: Tensor, clip: float, eta: float, record: Record | None) -> Tensor:
     """g_b + lambda g_a where g_a, the branch's share, is the unclipped gradient itself."""
     main = clipped_gradient(extra, x, clip)
     scale = gradient_scale(eta, main, extra)
-    _record(record, main, extra, scale)
+    if record is not None:
+        record.write(main, extra, scale)
     return main.addcmul_(scale.to(main.dtype), extra)
 
 
@@ -163,7 +186,10 @@ class LeakySign(Recorder):
         self.clip, self.eta = clip, eta
 
     def forward(self, x: Tensor) -> Tensor:
-        return surrogate_sign(x, leaky_gradient, settings=(self.clip, self.eta, self.active_record()))
+        return surrogate_sign(x, leaky_gradient, settings=(self.clip, self.eta, self.active_record(x, self.clip)))
+
+    def clip_bound(self) -> float:
+        return self.clip
 
 
 @dataclass(frozen=True)
