@@ -621,9 +621,12 @@ def test_a_wrong_choice_in_the_environment_is_refused(monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def no_library(monkeypatch: pytest.MonkeyPatch, undecided: None):
-    """As after an installation without a compiler."""
+def no_library(monkeypatch: pytest.MonkeyPatch, undecided: None, tmp_path: Path):
+    """As in a source tree where nothing has been built."""
+    folder, why = tmp_path / "source" / "hf_bnn" / "kernels", library.absence
+    (folder / "csrc").mkdir(parents=True)
     library._instruction_sets.cache_clear()
+    monkeypatch.setattr(library, "absence", lambda: why(folder))
     monkeypatch.setattr(library, "library", lambda: library.load(None))
     yield
     library._instruction_sets.cache_clear()
@@ -637,7 +640,8 @@ def test_without_the_library_torch_runs_and_says_so_once(
     assert kernels.backend() == "torch"
     (warning,) = recwarn
     assert "several times slower than compiled: hf_bnn has no compiled kernels" in str(warning.message)
-    assert "Install a C compiler such as gcc and reinstall hf_bnn, or set HF_BNN_KERNEL=torch" in str(warning.message)
+    assert "have not been built in the source tree" in str(warning.message)
+    assert "; or set HF_BNN_KERNEL=torch to silence this" in str(warning.message)
     x, w = torch.randn(3, 40), torch.randn(5, 40)
     assert torch.equal(kernels.linear(x, linear_weight(w), torch.ones(5)), (signs(x) @ signs(w).T).float())
 
@@ -647,7 +651,7 @@ def test_asking_for_torch_silences_the_warning(no_library: None, monkeypatch: py
     assert kernels.backend() == "torch"
     monkeypatch.setenv("HF_BNN_KERNEL", "portable")
     library._default.cache_clear()
-    with pytest.raises(ValueError, match="'portable' does not run here: they were not built, for want of a C compiler"):
+    with pytest.raises(ValueError, match="'portable' does not run here: they have not been built in the"):
         kernels.backend()
 
 

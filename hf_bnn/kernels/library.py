@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from .absence import BUILD_HERE, FROM_SOURCES, absence
+
 VARIABLE = "HF_BNN_KERNEL"
 KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
 INTERFACE = 5  # of csrc/dispatch.c
@@ -125,25 +127,26 @@ _SIGNATURES = {
 
 
 class Library(NamedTuple):
-    """The compiled functions, or None and the reason why there are none."""
+    """The compiled functions, or None with the reason why there are none and the way out."""
 
     functions: ctypes.CDLL | None
     problem: str = ""
+    remedy: str = ""
 
 
 def load(path: Path | str | None) -> Library:
-    """The library in the file `path`, None if no such file was built."""
+    """The library in the file `path`, None if this interpreter finds no such file."""
     if path is None:
-        return Library(None, "they were not built, for want of a C compiler at installation")
+        return Library(None, *absence())
     try:
         functions = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(functions, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        return Library(None, f"{path} cannot be loaded ({error})")
+        return Library(None, f"{path} cannot be loaded ({error})", f"{BUILD_HERE}: {FROM_SOURCES}")
     if functions.hf_bnn_interface() != INTERFACE:
-        return Library(None, f"{path} was built from another version of the sources")
+        return Library(None, f"{path} was built from another version of the sources", f"{BUILD_HERE}: {FROM_SOURCES}")
     return Library(functions)
 
 
@@ -188,8 +191,7 @@ def _default() -> str:
     if library().functions is None:
         warnings.warn(
             f"binary layers run in torch, several times slower than compiled: hf_bnn has no compiled kernels, since "
-            f"{library().problem}. Install a C compiler such as gcc and reinstall hf_bnn, or set {VARIABLE}=torch "
-            f"to silence this",
+            f"{library().problem}. {library().remedy}; or set {VARIABLE}=torch to silence this",
             RuntimeWarning,
             stacklevel=2,
         )
