@@ -42,6 +42,12 @@ def user_errors(name: str | None = None) -> Iterator[None]:
 class Parser(HfArgumentParser):
     """One kind of error for all that is wrong with the command line, which may begin with a json file."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.dest == "output_dir":
+                action.required = True  # Trainer's default would put one run over the other
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from commandline import Parser
 from errors import UsageError
+from training_checks import OutputArguments, check_limits, check_output_dir, check_training
 
 from hf_bnn import BinaryTrainingArguments
 
@@ -120,6 +121,7 @@ class Arguments(NamedTuple):
     model: ModelArguments
     data: DataTrainingArguments
     training: BinaryTrainingArguments
+    output: OutputArguments
 
 
 def parse_overrides(text: str | dict[str, Any] | None) -> dict[str, Any]:
@@ -149,12 +151,12 @@ def _value(text: str) -> Any:
 
 def parse(command_line: list[str] | None = None, description: str | None = None) -> Arguments:
     """The arguments, checked as far as they can be without loading anything."""
-    parser = Parser((ModelArguments, DataTrainingArguments, BinaryTrainingArguments), description=description)
-    output = next(action for action in parser._actions if action.dest == "output_dir")
-    output.required = True  # Trainer's default would put one run over the other
-    arguments = Arguments(*parser.parse(command_line))
+    kinds = (ModelArguments, DataTrainingArguments, BinaryTrainingArguments, OutputArguments)
+    arguments = Arguments(*Parser(kinds, description=description).parse(command_line))
+    check_training(arguments.training)
     check_data_arguments(arguments.data, arguments.training)
     check_model_arguments(arguments.model, arguments.training)
+    check_output_dir(arguments.training, arguments.output)
     return arguments
 
 
@@ -181,6 +183,7 @@ def check_data_arguments(data: DataTrainingArguments, training: BinaryTrainingAr
     for name in ("crop_padding", "mixup_alpha", "shuffle_buffer"):
         if getattr(data, name) < 0:
             raise UsageError(f"{name}={getattr(data, name)}: expected 0 or more")
+    check_limits(data, "max_train_samples", "max_eval_samples", "max_predict_samples")
 
 
 def check_model_arguments(model: ModelArguments, training: BinaryTrainingArguments) -> None:

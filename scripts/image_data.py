@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,39 @@ class EpochCallback(TrainerCallback):
         self.images.epoch.fill_(int(state.epoch or 0))
 
 
+class StreamedItem(Mapping):
+    """The item of a streamed row, decoded when it is first read: by the collator, in the process that needs it.
+
+    Every rank and worker is given all rows and keeps its own; it must not decode the images of the others.
+    """
+
+    def __init__(self, decode: Callable[[], Item]):
+        self.decode = decode
+
+    @cached_property
+    def item(self) -> Item:
+        return self.decode()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.item[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.item)
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self.item,)  # decoded before it goes to another process
+
+
 class StreamedPictures(IterableDataset):
     """The images of a streamed split; for training (`augmentation` given) shuffled, without end: epoch after epoch.
 
     Without end, because Trainer cannot go on in the second epoch of a dataset that does not know its length.
+    All workers read the same sequence of rows, and each keeps every n-th turn of `rows_per_turn` rows, so that a
+    DataLoader whose batches are turns yields the sequence itself, whatever the number of workers or shards. datasets
+    would share out whole shards: those who have fewer rows would be in the next epoch before the others.
     """
 
     def __init__(
@@ -139,33 +169,49 @@ class StreamedPictures(IterableDataset):
         augmentation: Augmentation | None = None,
         seed: int = 0,
         shuffle_buffer: int = 0,
+        rows_per_turn: int = 1,
     ):
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
         self.rows = rows if augmentation is None else rows.shuffle(seed=seed, buffer_size=max(1, shuffle_buffer))
         self.split, self.columns, self.classes = split, (image_column, label_column), classes
         self.preprocessing, self.augmentation, self.seed = preprocessing, augmentation, seed
+        self.rows_per_turn = rows_per_turn
 
-    def __iter__(self) -> Iterator[Item]:
+    @property
+    def endless(self) -> bool:
+        """Whether it is for training."""
+        return self.augmentation is not None
+
+    def __iter__(self) -> Iterator[StreamedItem]:
+        worker = get_worker_info()
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        position = 0  # over all epochs: their last turns are not always whole
         for epoch in itertools.count():
             self.rows.set_epoch(epoch)
-            found = False
-            for index, row in enumerate(self.rows):
-                found = True
-                yield self.item(epoch, index, row)
-            if not found or self.augmentation is None:
+            before = position
+            # iter, unlike __iter__, leaves it to us to share out the rows among the workers
+            for index, batch in enumerate(self.rows.iter(1)):
+                if position // self.rows_per_turn % workers == own:
+                    yield self.item(epoch, index, *(batch[column][0] for column in self.columns))
+                position += 1
+            if position == before:
+                raise UsageError(f"the {self.split} data holds no row: name another split or dataset")
+            if not self.endless:
                 return
 
-    def item(self, epoch: int, index: int, row: dict[str, Any]) -> Item:
-        """The item of a row: the `index`-th that this process has read in this epoch."""
-        value, label = (row[column] for column in self.columns)
+    def item(self, epoch: int, index: int, value: dict[str, Any], label: Any) -> StreamedItem:
+        """The item of a row: the `index`-th of this epoch."""
         where = f"row {index} (as streamed) of the {self.split} data"
         if label not in self.classes:
             raise UsageError(f"{where} has the label {label!r}, which is none of the {len(self.classes)} labels")
+        return StreamedItem(partial(self.decoded, epoch, index, value, label, where))
+
+    def decoded(self, epoch: int, index: int, value: dict[str, Any], label: Any, where: str) -> Item:
+        """What the item of a row holds."""
         image = picture(value, self.preprocessing.channels, where)
         if self.augmentation is None:
             return {"pixels": self.preprocessing.arranged(image), "label": self.classes[label]}
-        worker = get_worker_info()
-        name = keys(self.seed, epoch, np.array([index + (worker.id << 40 if worker else 0)]))
+        name = keys(self.seed, epoch, np.array([index]))
         draws = uniforms(name)
         array = self.augmentation.of_picture(image, self.preprocessing, name[0], draws[0])
         return {

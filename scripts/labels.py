@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from commandline import shown
 from errors import UsageError
@@ -12,17 +14,45 @@ from transformers import PreTrainedConfig
 logger = logging.getLogger(__name__)
 
 
-class Labels(NamedTuple):
+@dataclass(frozen=True)
+class Labels:
     """What the label column holds, and the model's class for each value."""
 
     names: list[str]  # by the model's class; empty for a regression
     classes: dict[Any, int]  # by value in the data
     regression: bool = False
+    multi_label: bool = False  # several labels of a row may hold
 
     @property
     def count(self) -> int:
         """The model's number of outputs."""
         return 1 if self.regression else len(self.names)
+
+    @property
+    def problem_type(self) -> str:
+        """What transformers' configs call it."""
+        if self.regression:
+            return "regression"
+        return "multi_label_classification" if self.multi_label else "single_label_classification"
+
+    @cached_property
+    def by_text(self) -> dict[str, int]:
+        """The classes by their labels, written as text: one file may have numbers, and another the same as strings."""
+        return {str(value): index for value, index in self.classes.items()}
+
+    def class_of(self, value: Any) -> int | None:
+        """The class of a label; None if it is none of the labels."""
+        found = self.classes.get(value)
+        return self.by_text.get(str(value)) if found is None else found
+
+    def target(self, value: Any) -> float | int | list[float]:
+        """What the loss takes for a label: a number, a class, or for several labels 1 or 0 of each class."""
+        if self.regression:
+            return float(value)
+        if not self.multi_label:
+            return self.class_of(value)
+        holds = {self.class_of(label) for label in value}
+        return [float(index in holds) for index in range(len(self.names))]
 
 
 def names_of(config: PreTrainedConfig) -> list[str] | None:
@@ -56,7 +86,7 @@ def as_model_has_them(labels: Labels, config: PreTrainedConfig, model: str) -> L
     by_name = {name.lower(): index for index, name in enumerate(names)}
     if by_name.keys() == {name.lower() for name in labels.names}:
         classes = {value: by_name[labels.names[index].lower()] for value, index in labels.classes.items()}
-        return Labels(names, classes)
+        return replace(labels, names=names, classes=classes)
     logger.warning(
         f"{model} was trained for the labels {shown(names)}, the data has {shown(labels.names)}: they are taken in "
         "this order, which may exchange classes"
@@ -67,7 +97,7 @@ def as_model_has_them(labels: Labels, config: PreTrainedConfig, model: str) -> L
 def set_labels(config: PreTrainedConfig, labels: Labels) -> None:
     """Give a config as many outputs as there are labels, and their names."""
     config.num_labels = labels.count
-    config.problem_type = "regression" if labels.regression else "single_label_classification"
+    config.problem_type = labels.problem_type
     if labels.names:
         config.id2label = dict(enumerate(labels.names))
         config.label2id = {name: index for index, name in enumerate(labels.names)}

@@ -49,6 +49,7 @@ from image_splits import Splits, image_column, load_splits, measured, read_label
 from image_transforms import Augmentation, Preprocessing, torchvision_transform
 from labels import Labels
 from PIL import Image
+from stream_trainer import SharedStreams, rows_per_turn
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -136,7 +137,8 @@ def make_datasets(arguments: Arguments, found: Run, preprocessing: Preprocessing
             logger.info(f"{split}: {len(rows)} images, in memory: {result[split].kept is not None}")
         else:
             buffer = {"shuffle_buffer": data.shuffle_buffer} if augmented else {}
-            result[split] = StreamedPictures(*given, **augmented, **buffer)
+            turn = rows_per_turn(training, endless=bool(augmented))
+            result[split] = StreamedPictures(*given, **augmented, **buffer, rows_per_turn=turn)
             logger.info(f"{split}: streamed")
     return result
 
@@ -168,6 +170,8 @@ def make_trainer(arguments: Arguments, found: Run, model: PreTrainedModel) -> Ch
     training.remove_unused_columns = False  # items become the model's arguments in the collator
     binary = bool(binary_layers(model)) or (is_packed(model) and training.do_train)
     kind, more = (BinaryTrainer if binary else CheckedTrainer), {}
+    if arguments.data.streaming:
+        kind = type(kind.__name__, (SharedStreams, kind), {})
     if arguments.model.teacher_model_name_or_path is not None and training.do_train:
         if not binary:
             raise UsageError(

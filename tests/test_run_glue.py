@@ -1,5 +1,6 @@
 """scripts/run_glue.py: on files, on GLUE as the Hub serves it, on wrong input, in two processes."""
 
+import csv
 import gzip
 import importlib.util
 import json
@@ -11,11 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import commandline
 import pytest
+import text_data
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets.utils.logging import get_verbosity, set_verbosity
 from fake_hub import FakeHub
+from text_arguments import TASK_COLUMNS
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -106,6 +110,7 @@ def run(run_glue: ModuleType, base: Path, tmp_path: Path) -> Run:
             "cache_dir": tmp_path / "cache",
             "max_seq_length": 12,
             "learning_rate": 5e-3,
+            "overwrite_output_dir": "true",
         }
         rest = [text for name, value in defaults.items() if f"--{name}" not in given for text in (f"--{name}", value)]
         return run_glue.main([*given, *map(str, rest), *QUIET])
@@ -180,7 +185,9 @@ def test_a_packed_checkpoint_is_evaluated_on_a_validation_file_alone(run: Run, f
     metrics = run(*files[2:], "--model_name_or_path", tmp_path / "out", "--output_dir", tmp_path / "x", "--do_eval")
     assert metrics["eval_accuracy"] == trained["eval_accuracy"]
     strange = write(tmp_path / "strange.csv", [*rows(2), {"text": "the film", "label": 7}])
-    with pytest.raises(ValueError, match=r"row 2 of the validation data has the label 7, which is none of the 2"):
+    with pytest.raises(
+        ValueError, match=r"strange.csv \(1 of 3 rows\): line 4 has the label 7, which is none of the 2"
+    ):
         run("--validation_file", strange, "--model_name_or_path", tmp_path / "out", "--do_eval")
 
 
@@ -208,8 +215,15 @@ def test_labels_are_named_in_the_config_and_in_the_predictions(run: Run, tmp_pat
     files = ["--train_file", data, "--validation_file", data, "--test_file", unlabelled]
     run(*files, "--do_train", "--do_eval", "--do_predict", "--num_train_epochs", 40)
     assert load(tmp_path / "out").config.label2id == {"neg": 0, "pos": 1}
-    lines = (tmp_path / "out/predict_results.txt").read_text().splitlines()
-    assert lines == ["index\tprediction", *(f"{i}\t{('neg', 'pos')[i % 2]}" for i in range(5))]
+    with (tmp_path / "out/predict_results.tsv").open(newline="") as file:
+        found = list(csv.DictReader(file, delimiter="\t"))
+    assert list(found[0]) == ["index", "prediction", "score", "p(neg)", "p(pos)", "line", "text"]
+    for index, line in enumerate(found):
+        name = ("neg", "pos")[index % 2]
+        expected = {"index": str(index), "prediction": name, "line": str(index + 1), "text": content[index]["text"]}
+        assert expected.items() <= line.items()
+        assert float(line["score"]) == float(line[f"p({name})"]) > 0.5
+        assert float(line["p(neg)"]) + float(line["p(pos)"]) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_file_of_floats_is_a_regression(run: Run, tmp_path: Path):
@@ -219,8 +233,9 @@ def test_a_file_of_floats_is_a_regression(run: Run, tmp_path: Path):
     assert metrics["eval_mse"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
     model = load(tmp_path / "out")
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
-    line = (tmp_path / "out/predict_results.txt").read_text().splitlines()[1]
-    assert len(line.partition("\t")[2].partition(".")[2]) == 3
+    header, line = (tmp_path / "out/predict_results.tsv").read_text().splitlines()[:2]
+    assert header == "index\tprediction\tline\ttext"
+    assert 0 < abs(float(line.split("\t")[1])) < 5
 
 
 def test_columns_can_be_named(run: Run, tmp_path: Path):
@@ -325,9 +340,9 @@ def test_every_glue_task_runs_by_its_name(
 
     def load_glue(name: str, config: str, **_: Any) -> DatasetDict:
         asked.append((name, config))
-        return glue(task, run_glue.TASK_COLUMNS[task])
+        return glue(task, TASK_COLUMNS[task])
 
-    monkeypatch.setattr(run_glue, "load_dataset", load_glue)
+    monkeypatch.setattr(text_data, "load_dataset", load_glue)
     metrics = run("--task_name", task.upper(), *TRAIN, "--do_predict")
     assert asked == [("nyu-mll/glue", task)]
     other = {"loss", "runtime", "samples", "samples_per_second", "steps_per_second"}
@@ -338,8 +353,10 @@ def test_every_glue_task_runs_by_its_name(
     assert config.num_labels == {"stsb": 1, "mnli": 3}.get(task, 2)
     predictions = sorted(path.name for path in (tmp_path / "out").glob("predict_*"))
     expected = ["", "-mm"] if task == "mnli" else [""]
-    assert predictions == sorted(f"predict_results_{task}{end}.txt" for end in expected)
-    values = (tmp_path / "out" / predictions[-1]).read_text().splitlines()[1:]
+    assert predictions == sorted(f"predict_results_{task}{end}.tsv" for end in expected)
+    header, *values = (tmp_path / "out" / predictions[-1]).read_text().splitlines()
+    assert header.split("\t")[:2] == ["index", "prediction"]
+    assert header.split("\t")[-len(TASK_COLUMNS[task]) :] == list(TASK_COLUMNS[task])
     assert len(values) == 12
     if task == "mnli":
         assert {value.split("\t")[1] for value in values} <= {"entailment", "neutral", "contradiction"}
@@ -352,7 +369,7 @@ def test_a_dataset_of_the_hub_is_asked_for_by_its_name(run: Run, run_glue: Modul
         asked.append(names)
         return glue("sst2", ("sentence",))  # its column idx is no text
 
-    monkeypatch.setattr(run_glue, "load_dataset", load_any)
+    monkeypatch.setattr(text_data, "load_dataset", load_any)
     assert run("--dataset_name", "stanfordnlp/sst2", *TRAIN)["eval_samples"] == 12
     run("--dataset_name", "me/reviews", "--dataset_config_name", "small", *TRAIN)
     assert asked == [("stanfordnlp/sst2", None), ("me/reviews", "small")]
@@ -362,7 +379,7 @@ def test_classes_follow_the_models_own_names(
     run: Run, run_glue: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A model whose classes stand in another order than the data's is evaluated in its own order."""
-    monkeypatch.setattr(run_glue, "load_dataset", lambda *_, **__: glue("sst2", ("sentence",)))
+    monkeypatch.setattr(text_data, "load_dataset", lambda *_, **__: glue("sst2", ("sentence",)))
     losses = []
     for names in (["no", "yes"], ["YES", "NO"]):
         folder = save_bert(tmp_path / names[0], id2label=dict(enumerate(names)))
@@ -436,7 +453,6 @@ WRONG = {
     "extension": (["--train_file", "a.txt", "--validation_file", "a.txt"], "train_file 'a.txt' is of no known kind"),
     "no extension": (["--train_file", "a", "--validation_file", "a"], "'a' is of no known kind: expected one of .csv"),
     "parquet.gz": (["--train_file", "a.parquet.gz", "--validation_file", "a"], "'a.parquet.gz' is of no known kind"),
-    "two kinds": (["--train_file", "DATA", "--validation_file", "JSON"], "is json, but train_file .* is csv: convert"),
     "method": (["FILES", "--method", "sgd"], "unknown method 'sgd'; known methods: ste, "),
     "method_args": (["FILES", "--method", "ste", "--method_args", "eta=1"], "unknown argument 'eta' of method 'ste'"),
     "method_args value": (["FILES", "--method_args", "clip=x"], "argument clip='x' of method 'ste': expected float"),
@@ -454,10 +470,9 @@ WRONG = {
 def test_wrong_arguments_are_told_with_the_way_out(
     run: Run, files: list[str], arguments: list[str], message: str, tmp_path: Path
 ):
-    write(tmp_path / "data.jsonl", rows())
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text('{"model_type": "distilbert"}')
-    stands_for = {"FILES": files, "DATA": files[1:2], "JSON": [tmp_path / "data.jsonl"], "OTHER": [tmp_path / "other"]}
+    stands_for = {"FILES": files, "DATA": files[1:2], "OTHER": [tmp_path / "other"]}
     given = [text for argument in arguments for text in stands_for.get(argument, [argument])]
     with pytest.raises(ValueError, match=message):
         run(*given, *TRAIN)
@@ -476,11 +491,16 @@ NAMED = [{**row, "label": ("neg", "pos")[row["label"]]} for row in rows()]
 BAD_DATA = {
     "no label column": (
         [{"text": "the film", "stars": 1}],
-        "the train data has no column 'label'; columns: text, stars: name the one with the labels in --label_column",
+        "data.jsonl has no column 'label'; columns: text, stars: name the one with the labels in --label_column",
     ),
-    "no label in a row": (changed(NAMED, 3, label=None), r"row 3 of the train data has no 'label' \(1 rows in all\)"),
-    "no text in a row": (changed(rows(), 5, text=None), "row 5 has no text in the column 'text' .*: fill or drop it"),
-    "lists as labels": ([{"text": "the film", "label": [0, 1]}], "holds List.*: expected one integer, string or float"),
+    "no label in a row": (
+        changed(NAMED, 3, label=None),
+        r"data.jsonl \(1 of 16 rows\): line 4 has no 'label': correct",
+    ),
+    "no text in a row": (
+        changed(rows(), 5, text=None),
+        r"line 6 has no text in 'text': correct these rows, or leave them out with --drop_empty_rows",
+    ),
 }
 
 
@@ -494,7 +514,7 @@ def test_bad_rows_are_named(run: Run, content: list[dict[str, Any]], message: st
 def test_a_label_that_training_has_not_seen_is_an_error(run: Run, tmp_path: Path):
     train = write(tmp_path / "train.jsonl", NAMED)
     validation = write(tmp_path / "validation.jsonl", changed(NAMED, 4, label="meh"))
-    with pytest.raises(ValueError, match=r"row 4 of the validation data has the label 'meh', .* 2 labels \(neg, pos\)"):
+    with pytest.raises(ValueError, match=r"validation.jsonl .*: line 5 has the label 'meh', .* 2 labels \(neg, pos\)"):
         run("--train_file", train, "--validation_file", validation, *TRAIN)
 
 
@@ -502,8 +522,10 @@ def test_a_class_outside_the_declared_range_is_an_error(
     run: Run, run_glue: ModuleType, monkeypatch: pytest.MonkeyPatch
 ):
     found = glue("sst2", ("sentence",))
-    monkeypatch.setattr(run_glue, "load_dataset", lambda *_, **__: DatasetDict({**found, "train": found["test"]}))
-    with pytest.raises(ValueError, match=r"row 0 of the train data has the label -1, .* 2 labels \(0, 1\); 12 rows"):
+    monkeypatch.setattr(text_data, "load_dataset", lambda *_, **__: DatasetDict({**found, "train": found["test"]}))
+    with pytest.raises(
+        ValueError, match=r"the train data \(12 of 12 rows\): row 0 has the label -1, .* \(0, 1\), row 1"
+    ):
         run("--task_name", "sst2", *TRAIN)
 
 
@@ -512,7 +534,7 @@ def test_a_dataset_without_a_validation_split_is_an_error(
 ):
     found = glue("sst2", ("sentence",))
     monkeypatch.setattr(
-        run_glue, "load_dataset", lambda *_, **__: DatasetDict({s: found[s] for s in ("train", "test")})
+        text_data, "load_dataset", lambda *_, **__: DatasetDict({s: found[s] for s in ("train", "test")})
     )
     with pytest.raises(ValueError, match="--do_eval needs a split 'validation'; the dataset has: train, test"):
         run("--dataset_name", "stanfordnlp/imdb", *TRAIN)
@@ -524,7 +546,7 @@ def test_a_dataset_without_a_validation_split_is_an_error(
 def test_a_run_that_max_steps_cut_short_claims_no_result(
     run: Run, run_glue: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run_glue, "load_dataset", lambda *_, **__: glue("sst2", ("sentence",)))
+    monkeypatch.setattr(text_data, "load_dataset", lambda *_, **__: glue("sst2", ("sentence",)))
     card = tmp_path / "out/README.md"
     run("--task_name", "sst2", *TRAIN)
     assert "out (stopped after 2 steps: its figures are no result)" in card.read_text()
@@ -541,12 +563,17 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", **more}
 
 
-def test_a_user_error_is_one_line_and_exit_code_two(tmp_path: Path):
-    command = [sys.executable, SCRIPT, "--model_name_or_path", "x", "--task_name", "sst3", "--do_train", "--use_cpu"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120)
-    assert result.returncode == 2
-    assert result.stderr.startswith("run_glue.py: error: unknown task 'sst3'; known tasks: cola, mnli")
-    assert result.stderr.count("\n") == 1
+def test_a_user_error_is_one_line_and_exit_code_two(
+    run_glue: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    given = ["--model_name_or_path", "x", "--task_name", "sst3", "--do_train", "--use_cpu", "--output_dir", "out"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
+    with pytest.raises(SystemExit) as ended:
+        commandline.run(run_glue.main)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("run_glue.py: error: unknown task 'sst3'; known tasks: cola, mnli")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.multiprocess

@@ -1,0 +1,85 @@
+"""The mistakes of a day that can be told before anything is loaded. Shared by the training scripts."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from errors import UsageError
+
+from hf_bnn import BinaryTrainingArguments
+
+RATE, FLOAT_RATE = 1e-3, 1e-4  # what a binary model is trained with, and up to where a rate is one for float models
+RESULTS = ("all_results.json", "train_results.json", "eval_results.json")
+OF_A_RUN = ("trainer_state.json", "model.safetensors", "model.safetensors.index.json", *RESULTS)
+
+
+@dataclass
+class OutputArguments:
+    """What becomes of an output_dir that holds another run's results."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train into an output_dir that holds the results of an earlier run."}
+    )
+
+
+def check_training(training: BinaryTrainingArguments) -> None:
+    """Raise UsageError for numbers with which there is no training or evaluation."""
+    for name, hint in {
+        "per_device_train_batch_size": "where memory is short, raise --gradient_accumulation_steps",
+        "per_device_eval_batch_size": "it changes only the speed",
+        "gradient_accumulation_steps": "1 makes a step of every batch",
+    }.items():
+        if getattr(training, name) < 1:
+            raise UsageError(f"{name}={getattr(training, name)}: expected 1 or more; {hint}")
+    for name, hint in {
+        "learning_rate": f"about {RATE:g} for a binary model",
+        "weight_decay": "0 is none",
+        "num_train_epochs": "or give --max_steps",
+    }.items():
+        value = getattr(training, name)
+        if not 0 <= value < math.inf:
+            raise UsageError(f"{name}={value:g}: expected a number that is not negative; {hint}")
+
+
+def check_limits(data: Any, *names: str) -> None:
+    """Raise UsageError for limits, which may be None, that leave nothing."""
+    for name in names:
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name}={value}: expected 1 or more; leave it out for no limit")
+
+
+def check_output_dir(training: BinaryTrainingArguments, output: OutputArguments) -> None:
+    """Raise UsageError if training would put one run's results over another's; if asked to, remove the old figures."""
+    asked = training.resume_from_checkpoint
+    if not training.do_train or (asked is not None and asked.lower() != "false"):
+        return
+    folder = Path(training.output_dir)
+    found = [name for name in OF_A_RUN if (folder / name).is_file()]
+    found += sorted(path.name for path in folder.glob("checkpoint-*"))
+    if found and not output.overwrite_output_dir:
+        raise UsageError(
+            f"output_dir {training.output_dir!r} holds the results of another run ({', '.join(found[:3])}): name "
+            "another one, go on where it stopped with --resume_from_checkpoint True, or give --overwrite_output_dir"
+        )
+    if training.should_save:
+        for name in RESULTS:  # Trainer adds its figures to those that are there
+            (folder / name).unlink(missing_ok=True)
+
+
+def warn_of_habits(training: BinaryTrainingArguments, teacher: str | None, logger: logging.Logger) -> None:
+    """What is right for a float model, and costs a binary one much of its accuracy."""
+    if 0 < training.learning_rate <= FLOAT_RATE:
+        logger.warning(
+            f"learning_rate={training.learning_rate:g} is one for float models: the signs of binary weights would "
+            f"hardly change; take about {RATE:g}"
+        )
+    if teacher is None:
+        logger.warning(
+            "no teacher: a binary model learns much more from a float model of the same labels; train one with "
+            "--binarize none and name it in --teacher_model_name_or_path"
+        )
