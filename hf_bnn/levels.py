@@ -6,6 +6,11 @@ from torch.autograd.function import once_differentiable
 
 SMALLEST_SCALE = 1e-5
 LLOYD_ITERATIONS = 10
+OFFLOADED_LEVELS = (
+    "learned levels cannot be offloaded to the CPU or the disk: accelerate fetches what is offloaded when a module is "
+    "called, and levels are only read. Load the model anew with a device_map that leaves the binary layers on a "
+    "device, or train it with levels='signed'"
+)
 
 
 class _Normalize(torch.autograd.Function):
@@ -75,6 +80,13 @@ class LearnedLevels(SignedLevels):
     """The base of levels with parameters: what they have in common is how they begin."""
 
     fresh = True  # until they are fitted or loaded
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "_hf_hook" and any(
+            getattr(hook, "offload", False) for hook in (value, *getattr(value, "hooks", ()))
+        ):
+            raise ValueError(OFFLOADED_LEVELS)
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """Back to the initial values."""

@@ -6,23 +6,23 @@ import copy
 import inspect
 import os
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import _load_parameter_into_model
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .convert import empty_packed_, install_method, to_binary_
 from .functional import WEIGHT_SCALINGS
-from .integrity import CorruptCheckpointError, verify_files
 from .layers import BINARIZE, binary_layers
-from .levels import ElasticLevels, LearnedLevels, SignedLevels, UnsignedLevels
+from .levels import ElasticLevels, SignedLevels, UnsignedLevels
 from .models.base import BinaryModelMixin, check_choice
+from .models.checkpoint import CONFIG_DIGEST, check_sizes
+from .models.loading import refuse_offloading
 from .packed import is_packed
 from .scalar_levels import has_scalar_levels, set_levels_shape_
 from .selection import candidates, check_patterns, choose_layers, covered, default_exclude, head_layers
@@ -76,6 +76,8 @@ class BinaryConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+        # It stands for a file, not for an object: what is made of the object may well differ.
+        config_dict = {key: value for key, value in config_dict.items() if key != CONFIG_DIGEST}
         known = list(inspect.signature(cls).parameters)
         if unknown := sorted(config_dict.keys() - set(known)):
             raise ValueError(
@@ -141,6 +143,11 @@ class BinaryQuantizer(HfQuantizer):
                 "out, train the model, and call hf_bnn.pack_(model)"
             )
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        if self.pre_quantized:  # the last that a quantizer sees of the config before the model is built
+            check_sizes(config.to_dict())
+        return super().update_attn_implementation(config)
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
@@ -149,8 +156,6 @@ class BinaryQuantizer(HfQuantizer):
             raise ValueError(f"{type(model).__name__} is binary already: leave BinaryConfig out")
         layers = set(config.choose(model, built=self.pre_quantized))
         rest = [name for name in candidates(model) if name not in layers]
-        if self.pre_quantized:
-            _verify(checkpoint_files or [], config.weights_sha256 or {})
         to_binary_(model, rest, config.binarize, lambda name: config.input_levels(name, base), config.weight_scaling)
         if self.pre_quantized and config.weight_format == "packed":
             empty_packed_(model)
@@ -163,21 +168,16 @@ class BinaryQuantizer(HfQuantizer):
         model.expected_shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
         model.config.quantization_config = config
         model.__class__ = _plugged_in(type(model))
+        if self.pre_quantized:
+            model.check_files(checkpoint_files, get_model_conversion_mapping(model, None, self))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         model.__dict__.pop("expected_shapes", None)
         if self.scalar_levels:
             set_levels_shape_(model, (1,))
-        levels = [module for module in model.modules() if isinstance(module, LearnedLevels)]
-        offloaded = any(parameter.is_meta for module in levels for parameter in module.parameters())
-        if offloaded and hasattr(
-            model, "hf_device_map"
-        ):  # its hooks follow calls of modules, and levels are not called
-            raise ValueError(
-                "learned levels cannot be offloaded to the CPU or the disk: choose a device_map that leaves the binary "
-                "layers on a device, or train with levels='signed'"
-            )
+        if hasattr(model, "hf_device_map"):
+            refuse_offloading(model, model.hf_device_map)
         return model
 
     def is_serializable(self) -> bool:
@@ -196,19 +196,6 @@ class BinaryQuantizer(HfQuantizer):
         return True
 
 
-def _verify(files: list[str], digests: dict[str, str]) -> None:
-    """Raise CorruptCheckpointError for a weight file that is not as it was saved, or that cannot be read."""
-    for path in map(Path, files):
-        if path.name in digests:
-            verify_files(path.parent, {path.name: digests[path.name]})
-        elif path.suffix == ".safetensors":
-            try:
-                with safe_open(path, "pt"):
-                    pass
-            except SafetensorError as error:
-                raise CorruptCheckpointError(f"{path} cannot be read ({error}): fetch or save it again") from error
-
-
 class _PluggedIn(BinaryModelMixin):
     """What a stock model's class gains: the checks of a binary checkpoint's tensors, and how it is saved."""
 
@@ -218,8 +205,9 @@ class _PluggedIn(BinaryModelMixin):
     def record(self) -> BinaryConfig:
         return self.config.quantization_config
 
-    def may_lack(self, key: str) -> bool:
-        return key in self.all_tied_weights_keys or super().may_lack(key)
+    def wrote(self, source: dict[str, Any]) -> bool:
+        plugged_in = source.get("quantization_config")
+        return isinstance(plugged_in, dict) and plugged_in.get("quant_method") == NAME
 
     def mark_tied_weights_as_initialized(self, loading_info) -> None:
         for key, shape in self.__dict__.pop("expected_shapes", {}).items():

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from ..activations import RPReLU
 from ..convert import empty_packed_, install_method, matches, replace_modules, to_binary_
 from ..embeddings import BinaryEmbedding, Int8Embedding
 from ..functional import WEIGHT_SCALINGS
 from ..fused import optimize_
-from ..integrity import CorruptCheckpointError, file_digest, verify_files
+from ..integrity import CorruptCheckpointError, file_digest
 from ..layers import BINARIZE
 from ..levels import ElasticLevels, LearnedLevels, SignedLevels
 from ..packed import PACKED, is_packed
 from ..scalar_levels import levels_as_saved
 from ..training import method_state_names
+from .checkpoint import AGAIN, CONFIG_DIGEST, check_padding, check_sizes, verify_structure, write_structure_digest
+from .loading import BUILDING_ERRORS, CheckedLoading, one_line, refuse_offloading
+from .saving import WEIGHT_FILE, digests_of_other_variants, publish
 
 logger = logging.get_logger(__name__)
 
 EMBEDDINGS = {"float": None, "int8": Int8Embedding, "binary": BinaryEmbedding}
 OWN_PARTS = (LearnedLevels, RPReLU)  # modules whose parameters a float checkpoint lacks
-OPTIONAL = ("*pooler.*", "*mask_token")  # of the encoder, but not under every head
 WEIGHT_FORMATS = ("float", "latent", "packed")
 
 
@@ -81,8 +83,22 @@ class BinaryConfigFields:
             )
         return {**config, "model_type": cls.model_type}, kwargs
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As in transformers. Raises CorruptCheckpointError for what has changed since it was saved with a digest."""
+        saved = CONFIG_DIGEST in config_dict
+        verify_structure(config_dict)
+        check_sizes(config_dict)
+        config_dict = {key: value for key, value in config_dict.items() if key != CONFIG_DIGEST}
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except BUILDING_ERRORS as error:
+            if saved and not kwargs.keys() & config_dict.keys():
+                raise CorruptCheckpointError(f"{CONFIG_NAME} holds no {cls.__name__}: {one_line(error)}") from error
+            raise
 
-class BinaryModelMixin:
+
+class BinaryModelMixin(CheckedLoading):
     """Comes before a transformers model class and makes its linear layers binary.
 
     The family says, in methods, what the levels of each layer's input are and what else it replaces.
@@ -145,8 +161,16 @@ class BinaryModelMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, optimize: bool = False, **kwargs):
-        """As in transformers. `optimize` runs `hf_bnn.optimize_` on a packed checkpoint."""
-        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        """As in transformers. `optimize` runs `hf_bnn.optimize_` on a packed checkpoint.
+
+        Raises CorruptCheckpointError for a binary checkpoint that is not as it was saved, or that cannot be read.
+        """
+        try:
+            found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except BUILDING_ERRORS as error:
+            if not isinstance(error, CorruptCheckpointError) and not args:
+                cls.blame_the_file(str(pretrained_model_name_or_path), kwargs, error)
+            raise
         if optimize:
             model = found[0] if isinstance(found, tuple) else found  # with the loading info, if that is asked for
             if not is_packed(model):
@@ -159,11 +183,8 @@ class BinaryModelMixin:
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        digests = model.config.weights_sha256 or {}
-        for path in map(Path, checkpoint_files or ()):
-            # The Hub's cache links each name to a blob: look at the name that was asked for.
-            if path.name in digests:
-                verify_files(path.parent, {path.name: digests[path.name]})
+        refuse_offloading(model, load_config.device_map)
+        model.check_files(checkpoint_files, deepcopy(load_config.weight_mapping or []))
         found = (state_dict, checkpoint_files)
         try:
             found = model.float_weights(*found) if model.loaded_format == "float" else found
@@ -172,7 +193,7 @@ class BinaryModelMixin:
                 return parent(model, *found, load_config, *args, **kwargs)
         except SafetensorError as error:
             raise CorruptCheckpointError(
-                f"{', '.join(map(str, checkpoint_files))} cannot be read ({error}): fetch or save it again"
+                f"{', '.join(map(str, checkpoint_files))} cannot be read ({error}): {AGAIN}"
             ) from error
 
     def float_weights(
@@ -181,27 +202,13 @@ class BinaryModelMixin:
         """What to load of a float checkpoint, given in memory or in files: another family's, in this one's names."""
         return state_dict, files
 
-    def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs):
-        lost = sorted(key for key in missing_keys if not self.may_lack(key))
-        if lost and self.loaded_format != "float":
-            raise CorruptCheckpointError(
-                f"the {self.loaded_format} checkpoint {self.config.name_or_path!r} lacks {lost[0]!r} and "
-                f"{len(lost) - 1} more tensors (or they have another shape): fetch or save it again"
-            )
-        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
-
-    def may_lack(self, key: str) -> bool:
-        """Whether a binary checkpoint may come without the tensor `key`, which then starts afresh.
-
-        True of what another head does not have, unless it is packed: bits that are missing would be random ones.
-        """
-        # Levels may be new in a latent checkpoint: it is how weights-only training goes on with binary inputs.
-        if self.loaded_format == "latent" and key.startswith(self.level_prefixes()):
-            return True
-        if isinstance(self.get_submodule(key.rpartition(".")[0]), tuple(PACKED.values())):
-            return False
-        encoder = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
-        return not key.startswith(encoder) or matches(key, OPTIONAL)
+    def _move_missing_keys_from_meta_to_device(self, missing_keys, device_map, *args, **kwargs):
+        refuse_offloading(self, device_map)
+        if self.loaded_format != "float":
+            self.refuse_lost([key for key in missing_keys if self.in_encoder(key) and not self.may_lack(key)])
+        super()._move_missing_keys_from_meta_to_device(missing_keys, device_map, *args, **kwargs)
+        check_padding(self)
+        self.__dict__.pop("source", None)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)
@@ -248,9 +255,14 @@ class BinaryModelMixin:
         staging = tempfile.mkdtemp(prefix=".saving-", dir=save_directory)
         try:
             super().save_pretrained(staging, state_dict=state_dict, **kwargs)
-            weights = sorted(p.name for p in Path(staging).iterdir() if p.suffix == ".safetensors")
+            weights = sorted(p.name for p in Path(staging).iterdir() if WEIGHT_FILE.fullmatch(p.name))
             record.weights_sha256 = {name: file_digest(Path(staging) / name) for name in weights}
             self.config.save_pretrained(staging)
+            kept = digests_of_other_variants(Path(save_directory), Path(staging), kwargs.get("variant"))
+            if kept:
+                record.weights_sha256 = {**kept, **record.weights_sha256}
+                self.config.save_pretrained(staging)
+            write_structure_digest(Path(staging))
             publish(staging, save_directory, kwargs.get("variant"))
         except (OSError, SafetensorError) as error:
             raise OSError(
@@ -261,18 +273,3 @@ class BinaryModelMixin:
             shutil.rmtree(staging, ignore_errors=True)
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
-
-
-def publish(staging: str | os.PathLike, folder: str | os.PathLike, variant: str | None = None) -> None:
-    """Move finished files into place, the config last. Weights of an earlier save that these replace go."""
-    fresh = {path.name for path in Path(staging).iterdir()}
-    for path in sorted(Path(staging).iterdir(), key=lambda p: p.name == "config.json"):
-        os.replace(path, Path(folder) / path.name)
-    dotted = f".{variant}" if variant else ""
-    same = re.compile(
-        rf"model{re.escape(dotted)}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{dotted}\.json"
-    )
-    if any(same.fullmatch(name) for name in fresh):  # one file after shards, or the other way round
-        for path in Path(folder).iterdir():
-            if same.fullmatch(path.name) and path.name not in fresh:
-                path.unlink()

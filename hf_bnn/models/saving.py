@@ -1,0 +1,44 @@
+"""How files of a new save take their place beside, or instead of, those of older ones."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from transformers.utils import CONFIG_NAME
+
+from .checkpoint import read_config, record_of, structure_digest
+
+WEIGHT_FILE = re.compile(r".+\.safetensors(\.index(\..+)?\.json)?")
+
+
+def publish(staging: str | os.PathLike, folder: str | os.PathLike, variant: str | None = None) -> None:
+    """Move finished files into place, the config last. Weights of an earlier save that these replace go."""
+    fresh = {path.name for path in Path(staging).iterdir()}
+    for path in sorted(Path(staging).iterdir(), key=lambda p: p.name == CONFIG_NAME):
+        os.replace(path, Path(folder) / path.name)
+    same = weight_files(variant)
+    if any(same.fullmatch(name) for name in fresh):  # one file after shards, or the other way round
+        for path in Path(folder).iterdir():
+            if same.fullmatch(path.name) and path.name not in fresh:
+                path.unlink()
+
+
+def weight_files(variant: str | None) -> re.Pattern:
+    """The names that the weights of a variant can have, whole or in shards with their index."""
+    dotted = re.escape(f".{variant}" if variant else "")
+    return re.compile(rf"model{dotted}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{dotted}\.json")
+
+
+def digests_of_other_variants(folder: Path, staging: Path, variant: str | None) -> dict[str, str]:
+    """The digests that the next config.json in `folder` takes over: of files that stay, and that it describes too."""
+    source = read_config(folder) if (folder / CONFIG_NAME).is_file() else None
+    if source is None or structure_digest(source) != structure_digest(read_config(staging)):
+        return {}
+    listed = record_of(source).get("weights_sha256")
+    replaced = weight_files(variant)
+    listed = listed if isinstance(listed, dict) else {}
+    return {
+        name: digest for name, digest in listed.items() if (folder / name).is_file() and not replaced.fullmatch(name)
+    }
