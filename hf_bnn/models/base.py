@@ -24,6 +24,7 @@ from ..layers import BINARIZE
 from ..levels import ElasticLevels, LearnedLevels, SignedLevels
 from ..packed import PACKED, is_packed
 from ..training import method_state_names
+from .plain_trainer import notice_plain_trainer
 
 logger = logging.get_logger(__name__)
 
@@ -139,6 +140,11 @@ class BinaryModelMixin:
                 "resize, train the new rows, and pack it again"
             )
         return super().resize_token_embeddings(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode:
+            notice_plain_trainer(self)
+        return super().train(mode)
 
     # Loading: from_pretrained and its hooks.
 
