@@ -1,23 +1,22 @@
-"""A Trainer that stops at the first NaN and never takes a half-written checkpoint for a good one."""
+"""A Trainer that stops at the first NaN, and says at once what cannot work."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import logging
 
 from .activations import RPReLU
-from .integrity import CorruptCheckpointError, is_complete, verify_manifest, write_manifest
-from .training import first_nonfinite_layer, method_state_names
+from .argument_checks import refuse_empty
+from .batch_norm import plain_batch_norm_, share_statistics_, sync_batch_norm_
+from .checkpoints import last_complete_checkpoint
+from .layers import WeightedLayer
+from .resumable_trainer import ResumableTrainer
+from .training import first_nonfinite_layer
+
+logger = logging.get_logger(__name__)
 
 # Scales, shifts and slopes: to pull them to 0 would change what the network computes, not make it simpler.
 NO_DECAY = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RPReLU)
@@ -27,16 +26,64 @@ class NonFiniteTrainingError(FloatingPointError):
     """The loss, a gradient or a weight became NaN or infinite. Nothing was stepped or saved after that."""
 
 
-class CheckedTrainer(Trainer):
-    """Trainer, for any model: each checkpoint-N ends with a manifest of digests, without which nothing resumes from it;
-    a loss, gradient or weight that is not finite stops the run with the name of the layer where it began. Whatever is
-    loaded from a checkpoint is loaded whole.
+class CheckedTrainer(ResumableTrainer):
+    """Trainer, for any model, with checkpoints that are whole (ResumableTrainer). A loss, gradient or weight that is
+    not finite stops the run with the name of the layer where it began. What would have no effect, an empty data set,
+    or FSDP on a CPU, is refused. All ranks evaluate with the statistics of batch normalization that are saved.
     """
 
-    @property
-    def bare_model(self) -> nn.Module:
-        """The model without the wrappers of distributed training."""
-        return self.accelerator.unwrap_model(self.model)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        refuse_empty(self.train_dataset, "train_dataset")
+        if self.args.fsdp and not (self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
+            raise ValueError(
+                f"fsdp={self.args.fsdp!r} has no effect on {self.args.device.type!r} devices: every rank would hold "
+                "the whole model, as under DistributedDataParallel. Leave it out, or train on GPUs"
+            )
+        if self.accelerator.mixed_precision == "fp16" and self.args.device.type == "cpu":
+            logger.warning("fp16 has no effect on a CPU: the model is trained in float32. bf16=True has one")
+
+    def train(self, *args: Any, **kwargs: Any):
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            plain_batch_norm_(self.bare_model)
+        share_statistics_(self.bare_model)
+        if output.global_step == 0:
+            raise ValueError(
+                f"no step was made: the train_dataset, a {type(self.train_dataset).__name__}, gave not a single batch. "
+                "The model is as it was"
+            )
+        return output
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            refuse_empty(self.eval_dataset, "eval_dataset")
+        else:
+            refuse_empty(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        refuse_empty(test_dataset, "test_dataset")
+        return super().get_test_dataloader(test_dataset)
+
+    # Several ranks
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        if training:
+            if getattr(self.args, "sync_batchnorm", False) and not sync_batch_norm_(self.bare_model):
+                logger.warning(f"sync_batchnorm=True has no effect: {type(model).__name__} has no batch normalization")
+            keeps_copies = (
+                self.is_fsdp_enabled or self.is_deepspeed_enabled
+            )  # of float32, beside half-precision weights
+            for module in self.bare_model.modules():
+                if isinstance(module, WeightedLayer):
+                    module.master_weights = keeps_copies
+        return super()._wrap_model(model, training, dataloader)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        share_statistics_(self.bare_model)
+        return super().evaluation_loop(*args, **kwargs)
 
     # Trap: transformers decays the weights of BatchNorm, whose names have no "norm." that it looks for.
 
@@ -87,75 +134,14 @@ class CheckedTrainer(Trainer):
             f"{self.args.learning_rate}, or with a smaller max_grad_norm than {self.args.max_grad_norm}"
         )
 
-    # Checkpoints
+    # Saving
 
     def _save_checkpoint(self, model, trial) -> None:
         bad = [name for name, p in self.bare_model.named_parameters() if _nonfinite(p)]
         if bad:
             self._stop("a weight is not finite", bad[0])
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            run_dir = self._get_output_dir(trial=trial)
-            write_manifest(Path(run_dir) / f"checkpoint-{self.state.global_step}")
-            # Only now that the new checkpoint is known to be whole may an old one go.
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"no complete checkpoint in {self.args.output_dir}: train without resuming")
-        if resume_from_checkpoint:
-            verify_manifest(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_weights(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._load_weights(self.state.best_model_checkpoint):
-            super()._load_best_model()
-
-    def _load_weights(self, folder: str) -> bool:
-        """Load a checkpoint's weights strictly; False if they are of a kind that Trainer itself handles.
-
-        Trainer takes the names in the file for the model's own, which they are not in ViT: it would only warn, and
-        leave most tensors as they were.
-        """
-        path, model = Path(folder) / SAFE_WEIGHTS_NAME, self.bare_model
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not path.is_file():
-            return False
-        conversions = (
-            get_model_conversion_mapping(model, add_legacy=False) if isinstance(model, PreTrainedModel) else []
-        )
-        if not all(isinstance(conversion, WeightRenaming) for conversion in conversions):
-            return False
-        own = model.state_dict()
-        state = {_name_in_memory(key, own, conversions): value for key, value in load_file(path).items()}
-        elsewhere = {*method_state_names(model), *getattr(model, "all_tied_weights_keys", ())}
-        wrong = sorted((own.keys() ^ state.keys()) - elsewhere)
-        if wrong:
-            raise CorruptCheckpointError(f"{path} does not fit the model: {wrong[0]!r} is in only one of the two")
-        model.load_state_dict(state, strict=False)
-        return True
-
-
-def _name_in_memory(key: str, own: dict[str, Tensor], renamings: list[WeightRenaming]) -> str:
-    """What the tensor that a file calls `key` is called in the model whose state dict is `own`."""
-    renamed, _ = rename_source_key(key, renamings, [])
-    return renamed if renamed in own else key
-
-
-def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The checkpoint-N of the highest N whose writing came to the end, or None."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit() and is_complete(path)]
-    return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
+        share_statistics_(self.bare_model)
+        super()._save_checkpoint(model, trial)
 
 
 def _nonfinite(tensor: Tensor | None) -> bool:

@@ -3,9 +3,22 @@
 import hashlib
 import json
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 MANIFEST = "hf_bnn_manifest.json"
+# Of files by their names: Trainer's, FSDP's and DeepSpeed's weights, and all that somebody who resumes would read.
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.distcp", "*_model_states.pt")
+LOADED = (
+    *WEIGHTS,
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.index.json",
+    "trainer_state.json",
+    "config.json",
+    "adapter_config.json",
+)
 
 
 class CorruptCheckpointError(RuntimeError):
@@ -39,16 +52,42 @@ def verify_files(folder: str | os.PathLike, digests: dict[str, str]) -> None:
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    """Write a text file so that a reader sees the old one or the new one, never a part, also after a power cut."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync(Path(path).parent)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Wait until what was written to a file, or which names a folder has, is on the disk."""
+    if os.name == "nt" and Path(path).is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_manifest(folder: str | os.PathLike) -> None:
-    """Note the digest of every file in `folder`. Written last, it is the sign that the folder is complete."""
-    digests = {p.name: file_digest(p) for p in sorted(Path(folder).iterdir()) if p.is_file() and p.name != MANIFEST}
+    """Note the digest of every file in `folder` and below. Written last, it is the sign that the folder is complete."""
+    digests = {}
+    for name in _files_in(folder):
+        digests[name] = file_digest(Path(folder) / name)
+        sync(Path(folder) / name)
     write_atomically(Path(folder) / MANIFEST, json.dumps(digests, indent=2) + "\n")
+
+
+def drop_manifest(folder: str | os.PathLike) -> None:
+    """Say that `folder` is complete no longer: before the first of its files is written again."""
+    path = Path(folder) / MANIFEST
+    if path.is_file():
+        path.unlink()
+        sync(folder)
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
@@ -56,12 +95,51 @@ def is_complete(folder: str | os.PathLike) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
-def verify_manifest(folder: str | os.PathLike) -> None:
-    """Raise CorruptCheckpointError unless the folder is complete and every file in it is as it was written."""
+def verify_manifest(folder: str | os.PathLike, needed: tuple[str, ...] = ()) -> None:
+    """Raise CorruptCheckpointError unless the folder is complete and every file in it is as it was written.
+
+    The manifest must name the weights, the files `needed`, and whatever else in the folder a program would load.
+    """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise CorruptCheckpointError(
             f"{folder} has no {MANIFEST}: its writing was cut off, or it was not written by BinaryTrainer; "
             "resume from an earlier checkpoint-N"
         )
-    verify_files(folder, json.loads(path.read_text(encoding="utf-8")))
+    digests = _read_manifest(path)
+    missing = [name for name in needed if name not in digests]
+    if not any(_is_one_of(name, WEIGHTS) for name in digests):
+        missing.append("the weights")
+    unlisted = [name for name in _files_in(folder) if name not in digests and _is_one_of(name, LOADED)]
+    if missing or unlisted:
+        raise CorruptCheckpointError(
+            f"{path} does not name {(missing or unlisted)[0]}, which it would have to protect: it was altered, or the "
+            "file was added after the checkpoint was written; resume from an earlier checkpoint-N"
+        )
+    verify_files(folder, digests)
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    """{name: digest}. Raises CorruptCheckpointError for anything else, and for names that lead out of the folder."""
+    try:
+        digests = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+        raise CorruptCheckpointError(f"{path} cannot be read ({error}): resume from an earlier checkpoint-N") from error
+    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+        raise CorruptCheckpointError(
+            f"{path} is no table of files and their SHA-256: resume from an earlier checkpoint-N"
+        )
+    for name in digests:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CorruptCheckpointError(f"{path} names {name!r}, which is outside the checkpoint: do not trust it")
+    return digests
+
+
+def _is_one_of(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name.rpartition("/")[2], pattern) for pattern in patterns)
+
+
+def _files_in(folder: str | os.PathLike) -> list[str]:
+    """The names of the files in the folder and below, but for manifests."""
+    found = (path for path in Path(folder).rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(path.relative_to(folder).as_posix() for path in found)

@@ -1,12 +1,13 @@
 """Binary layers for training: a latent float weight, and three slots that a method fills. They know no method."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .embeddings import refuse_integers
 from .functional import WEIGHT_SCALINGS, learning_scale, sign, sign_int8, silence, weight_scale
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .methods.base import Method, Part, Site
 
 BINARIZE = ("both", "weights", "activations")
+HALF = (torch.bfloat16, torch.float16)
 
 
 class _Rescale(torch.autograd.Function):
@@ -128,6 +130,7 @@ class WeightedLayer(BinaryLayer):
 
     slots = ("weight_binarizer", "input_binarizer", "around")
     product: LinearProduct | Conv2dProduct
+    master_weights = False  # whether the optimizer steps on float32 copies of its own, as under FSDP and DeepSpeed
 
     def set_structure(self, binarize: str, levels: SignedLevels | None, weight_scaling: str) -> None:
         """What is binary, on which levels, and how the weights' signs are scaled."""
@@ -160,6 +163,24 @@ class WeightedLayer(BinaryLayer):
 
     def fit_levels(self, *inputs: Tensor) -> None:
         self.input_levels.fit(inputs[0])
+
+    def learns(self, *tensors: Tensor) -> bool:
+        learns = super().learns(*tensors)
+        if learns and self.training and self.weight.dtype in HALF and not self.master_weights:
+            self._refuse_half()
+        return learns
+
+    def _refuse_half(self) -> None:
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            raise ValueError(
+                f"latent weights in {self.weight.dtype} do not learn: most updates are smaller than its steps, and are "
+                "rounded away. Call model.float() before the optimizer is made, and torch.autocast for speed; or, if "
+                "the optimizer keeps float32 copies, set master_weights = True on the binary layers"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+        refuse_integers(self, state_dict, prefix, *arguments)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def scale(self) -> Tensor:
         """The scale of each output channel's signs, shape `(out,)`."""

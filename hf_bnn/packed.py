@@ -1,27 +1,66 @@
 """Inference layers: the bits of the weights under the key `weight`, and one scale per output channel."""
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .embeddings import BinaryEmbedding, Int8Embedding
+from .embeddings import BinaryEmbedding, Int8Embedding, refuse_weight
 from .functional import clipped_sign, pack_bits, unpack_bits
 from .kernels.weights import groups_are_large, takes_panels
 from .layers import BinaryConv2d, BinaryLinear, WeightedLayer, rescale, sign_product
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
 
+logger = logging.getLogger(__name__)
+
 LEVELS_POSITION = 8  # of `levels` among the arguments of PackedConv2d
 
 
-class _PackedWeight(nn.Module):
+@cache
+def warn_of_training() -> None:
+    """Say, once in a process, what does not learn where a packed model is trained."""
+    logger.warning(
+        "a packed model is being trained: its binary weights are bits and do not learn, only what is still float does "
+        "(biases, levels, norms, the head). Train the latent model with hf_bnn.BinaryTrainer (hf_bnn.unpack_ makes one "
+        "of this), put adapters on it with peft, or freeze the packed layers if the rest is all that you mean to train"
+    )
+
+
+class _Packed(nn.Module):
+    """What all packed modules share: integers under `weight`, and scales whose type no cast of the model changes.
+
+    The latent module computes its scales in that type, whatever its own: in another they would round otherwise.
+    """
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        scale = self.weight_scale
+        super()._apply(*args, **kwargs)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.dtype != self.weight.dtype:
+            text = (
+                f"this {type(self).__name__} holds packed {self.weight.dtype}: load a latent state dict into a latent "
+                "model, and call hf_bnn.pack_ on that"
+            )
+            refuse_weight(self, state_dict, prefix, text, *arguments)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+class _PackedWeight(_Packed):
     """What both packed layers share. Comes before the float layer whose place they take."""
 
     product: LinearProduct | Conv2dProduct
     has_kernel = True  # whether compiled kernels, where there are any, are faster than torch
     _laid_out: tuple | None = None
+    _warned = False
 
     def hold(
         self,
@@ -76,12 +115,20 @@ class _PackedWeight(nn.Module):
             return self.run_compiled(x)
         signs, product = self.signs(), self.product
         if torch.is_grad_enabled() and (x.requires_grad or self.training):
+            if self.training and not self._warned and not torch.compiler.is_compiling():
+                self._warn_of_training()
             inputs = clipped_sign(self.input_levels.normalize(x)) if self.binary_inputs else x
             total = product.weight_sum(signs, x) if self.input_levels.shifted else None
             bias = None if self.bias is None else product.per_channel(self.bias)
             scale = product.per_channel(self.weight_scale)
             return rescale(product(inputs, signs.to(inputs.dtype)), scale, total, self.input_levels, bias).to(x.dtype)
         return sign_product(product, x, signs, self.weight_scale, self.input_levels, self.bias, self.binary_inputs)
+
+    def _warn_of_training(self) -> None:
+        """Say, once, that bits do not learn, unless all that could learn here is frozen, as under an adapter."""
+        self._warned = True
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            warn_of_training()
 
     def laid_out(self) -> tuple:
         """What `lay_out` makes: when first asked for, and anew when a tensor that it is made of has changed."""
@@ -222,7 +269,7 @@ class PackedConv2d(_PackedWeight, nn.Conv2d):
         return kernels.conv2d(x, *self.laid_out())
 
 
-class _PackedEmbedding(nn.Embedding):
+class _PackedEmbedding(_Packed, nn.Embedding):
     """The base of both packed tables: integers under `weight`, one scale per row under `weight_scale`."""
 
     weight_dtype: torch.dtype

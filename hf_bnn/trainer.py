@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import logging
 
+from .argument_checks import check_numbers, warn_of_recipe
 from .checked_trainer import CheckedTrainer
 from .convert import (
     binary_fraction,
@@ -34,6 +34,7 @@ from .methods import Method, Step, make_method
 from .model_card import completed, facts_of
 from .models.base import BinaryModelMixin
 from .packed import is_packed
+from .precision import upcast_
 from .training import (
     begin_step,
     end_backward,
@@ -95,7 +96,13 @@ class BinaryTrainingArguments(TrainingArguments):
         metadata={"help": "Evaluate also as StoMPP has left the model in training: metrics named eval_partial_..."},
     )
 
+    sync_batchnorm: bool = field(
+        default=False,
+        metadata={"help": "Normalize batches over the rows of all processes, not over those of each one."},
+    )
+
     def __post_init__(self) -> None:
+        check_numbers(self)
         super().__post_init__()
         make_method(self.method, self.method_args)  # raises for an unknown name or argument
         for name in ("aux_learning_rate_multiplier", "levels_learning_rate_multiplier", "distillation_temperature"):
@@ -115,6 +122,9 @@ class _MethodCallback(TrainerCallback):
     def __init__(self, trainer: BinaryTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        warn_of_recipe(self.trainer.bare_model, args.learning_rate, self.trainer.teacher is not None)
+
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         lr = self.trainer.optimizer.param_groups[0]["lr"]
         steps = max(1, int(state.logging_steps or 1))
@@ -132,6 +142,8 @@ class BinaryTrainer(CheckedTrainer):
     from. Checkpoints are latent and resume exactly; the final model is packed. Evaluation is fully binary, in float32.
     Raises ValueError for a model that has no binary layer, or whose weights are packed.
     """
+
+    trains_binary_models = True  # as transformers' own does not: models/plain_trainer.py
 
     def __init__(
         self,
@@ -175,6 +187,7 @@ class BinaryTrainer(CheckedTrainer):
             raise ValueError(
                 f"{type(model).__name__} has no binary layer: load it with a hf_bnn class, or call hf_bnn.binarize_"
             )
+        upcast_(model)
         install_method(model, self.method)
         if hasattr(model, "config"):
             model.config.method = self.method.to_dict()
@@ -341,10 +354,6 @@ class BinaryTrainer(CheckedTrainer):
         self._load_method(self.state.best_model_checkpoint)
 
     def _load_method(self, folder: str) -> None:
-        config = Path(folder) / CONFIG_NAME
-        trained = json.loads(config.read_text(encoding="utf-8")).get("method") if config.is_file() else None
-        if trained not in (None, self.method.to_dict()):
-            logger.warning(f"{folder} was trained with {trained}: from here on it is {self.method.to_dict()}")
         path = Path(folder) / METHOD_STATE
         load_method_state(self.bare_model, load_file(path) if path.is_file() else {})
 

@@ -175,7 +175,7 @@ def test_any_altered_file_of_a_checkpoint_is_refused(run, name):
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(CorruptCheckpointError, match=name):
-        trainer(run, method=Surge(), max_steps=5).train(resume_from_checkpoint=True)
+        trainer(run, method=Surge(), max_steps=5).train(resume_from_checkpoint=str(run / "checkpoint-4"))
 
 
 def test_resuming_from_nothing_says_so(tmp_path):

@@ -23,13 +23,19 @@ FLOORS = [
     {"packed", "attention"},
     {"fused"},
     {"convert", "summary"},
-    {"training", "diagnostics", "distillation", "glue", "model_card"},
-    {"models", "selection", "checked_trainer"},
+    {"training", "diagnostics", "distillation", "glue", "model_card", "checkpoints"},
+    {"models", "selection", "run_record", "precision", "batch_norm", "argument_checks", "jit_checkpoint"},
+    {"resumable_trainer"},
+    {"checked_trainer"},
     {"quantizer", "trainer"},
     {"__init__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-MAY_IMPORT_TRANSFORMERS = {"models", "selection", "quantizer", "checked_trainer", "trainer"}
+MAY_IMPORT_TRANSFORMERS = {"models", "selection", "quantizer", "checked_trainer", "trainer"} | {
+    "jit_checkpoint",
+    "resumable_trainer",
+    "run_record",
+}
 
 
 class Import(NamedTuple):

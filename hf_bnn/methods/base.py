@@ -109,6 +109,7 @@ class Method:
     paper: ClassVar[str] = "arXiv 1308.3432, 1602.02830"
     idea: ClassVar[str] = "sign forward, the gradient of a clipped identity backward"
     in_order: ClassVar[bool] = False  # whether it goes by the order in which the layers are executed
+    scheduled: ClassVar[bool] = False  # whether what it does depends on how far the run is from its last step
 
     clip: float = 1.0
 

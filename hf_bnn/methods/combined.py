@@ -49,6 +49,10 @@ class Combined(Method):
     def in_order(self) -> bool:
         return any(method.in_order for method in self.methods)
 
+    @property
+    def scheduled(self) -> bool:
+        return any(method.scheduled for method in self.methods)
+
     def claims(self) -> frozenset[str]:
         return frozenset().union(*(method.claims() for method in self.methods))
 

@@ -122,6 +122,7 @@ class IRNet(Method):
     name: ClassVar[str] = "ir_net"
     paper: ClassVar[str] = "IR-Net, arXiv 1909.10788"
     idea: ClassVar[str] = "balanced weights, and the gradient of a tanh that sharpens from a line to the sign"
+    scheduled: ClassVar[bool] = True
 
     t_min: float = 0.1
     t_max: float = 10.0

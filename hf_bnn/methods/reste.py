@@ -70,6 +70,7 @@ class ReSTE(Method):
     name: ClassVar[str] = "reste"
     paper: ClassVar[str] = "ReSTE, arXiv 2308.06689"
     idea: ClassVar[str] = "the gradient of a power function that bends from the identity towards the sign"
+    scheduled: ClassVar[bool] = True
 
     o_end: float = 3.0
     threshold: float = 1.5

@@ -215,6 +215,7 @@ class Stompp(Method):
     idea: ClassVar[str] = "clipped values become signs entry by entry, layer after layer, from input to output"
 
     in_order: ClassVar[bool] = True
+    scheduled: ClassVar[bool] = True
 
     order: str = "forward"
     schedule: str = "cubic"

@@ -27,6 +27,7 @@ from ..scalar_levels import levels_as_saved
 from ..training import method_state_names
 from .checkpoint import AGAIN, CONFIG_DIGEST, check_padding, check_sizes, verify_structure, write_structure_digest
 from .loading import BUILDING_ERRORS, CheckedLoading, one_line, refuse_offloading
+from .plain_trainer import notice_plain_trainer
 from .saving import WEIGHT_FILE, digests_of_other_variants, publish
 
 logger = logging.get_logger(__name__)
@@ -156,6 +157,11 @@ class BinaryModelMixin(CheckedLoading):
                 "resize, train the new rows, and pack it again"
             )
         return super().resize_token_embeddings(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode:
+            notice_plain_trainer(self)
+        return super().train(mode)
 
     # Loading: from_pretrained and its hooks.
 
