@@ -1,10 +1,13 @@
 """Embedding tables for training whose rows are rounded when they are looked up."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import sign_int8, straight_through
+from .state_forms import own_form
 
 
 class RoundedEmbedding(nn.Embedding):
@@ -22,6 +25,11 @@ class RoundedEmbedding(nn.Embedding):
     def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
         """Integers `(..., dim)` and a scale per row `(...)`, whose product is the rounded rows."""
         raise NotImplementedError("RoundedEmbedding is a base class: use Int8Embedding or BinaryEmbedding")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        *_, unexpected, _ = rest
+        state_dict = own_form(state_dict, f"{prefix}weight", self.weight, unexpected)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = F.embedding(ids, self.weight, self.padding_idx)

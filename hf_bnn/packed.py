@@ -9,14 +9,33 @@ from . import kernels
 from .embeddings import BinaryEmbedding, Int8Embedding
 from .functional import clipped_sign, pack_bits, unpack_bits
 from .kernels.weights import groups_are_large, takes_panels
-from .layers import BinaryConv2d, BinaryLinear, WeightedLayer, rescale, sign_product
+from .layers import BinaryConv2d, BinaryLinear, WeightedLayer, one_image, rescale, sign_product
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
+from .state_forms import own_form
 
 LEVELS_POSITION = 8  # of `levels` among the arguments of PackedConv2d
 
 
-class _PackedWeight(nn.Module):
+class _Packed(nn.Module):
+    """What packed layers and packed tables share: integers under `weight`, which take no floats."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, nn.Parameter):
+            raise ValueError(
+                f"the weight of a {type(self).__name__} is bits, which take no parameter in their place: a "
+                "normalization cannot be folded into them (torch.nn.utils.fusion). Keep the normalization; "
+                "hf_bnn.unpack_(model) makes the weights parameters again"
+            )
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        *_, unexpected, _ = rest
+        state_dict = own_form(state_dict, f"{prefix}weight", self.weight, unexpected)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class _PackedWeight(_Packed):
     """What both packed layers share. Comes before the float layer whose place they take."""
 
     product: LinearProduct | Conv2dProduct
@@ -69,7 +88,7 @@ class _PackedWeight(nn.Module):
         if not x.is_floating_point():
             raise TypeError(
                 f"a packed layer was given {x.dtype} inputs: perhaps the model casts them to the dtype of the layer's "
-                "weight, as T5 does; leave that layer float (skip=..., exclude=...) when the model is made binary"
+                "weight, as T5 does; leave that layer float (exclude=...) when the model is made binary"
             )
         compiled = self.binary_inputs and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if compiled and x.numel() and x.device == self.weight.device and takes_panels(self.weight) and self.has_kernel:
@@ -151,7 +170,7 @@ class PackedLinear(_PackedWeight, nn.Linear):
 
 
 class PackedConv2d(_PackedWeight, nn.Conv2d):
-    """`(N, in, H, W) -> (N, out, H', W')` from one bit per weight, bit 1 = negative.
+    """`(N, in, H, W) -> (N, out, H', W')` from one bit per weight, bit 1 = negative; N may be absent.
 
     The bits run along the input channels: uint8 `(out, ceil(in / groups / 8), kh, kw)`. Gradients as in PackedLinear.
     Without `levels` the constructor makes a float nn.Conv2d: PEFT builds its adapters as `type(layer)(in, out, ...)`.
@@ -184,6 +203,9 @@ class PackedConv2d(_PackedWeight, nn.Conv2d):
         self.padding_mode, self.transposed, self.output_padding = "zeros", False, (0, 0)
         shape = (out_channels, -(-in_channels // groups // 8), *kernel_size)
         self.hold(shape, bias, levels, binary_inputs, weight_scaling, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dim() == 4 else super().forward(one_image(x)).squeeze(0)
 
     @staticmethod
     def geometry(layer: nn.Conv2d) -> tuple:
@@ -222,7 +244,7 @@ class PackedConv2d(_PackedWeight, nn.Conv2d):
         return kernels.conv2d(x, *self.laid_out())
 
 
-class _PackedEmbedding(nn.Embedding):
+class _PackedEmbedding(_Packed, nn.Embedding):
     """The base of both packed tables: integers under `weight`, one scale per row under `weight_scale`."""
 
     weight_dtype: torch.dtype
@@ -257,7 +279,8 @@ class _PackedEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.flatten()
-        rows = self.integers(self.weight[flat]).float() * self.weight_scale[flat].float().unsqueeze(-1)
+        scale = self.weight_scale.index_select(0, flat)  # unlike indexing it takes no -1, as nn.Embedding takes none
+        rows = self.integers(self.weight.index_select(0, flat)).float() * scale.float().unsqueeze(-1)
         return rows.view(*ids.shape, self.embedding_dim)
 
 
