@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from .fast_path import leave_fast_path_
+from .finite import check_finite, tensors_to_check
 from .fused import restore_
-from .layers import BinaryConv2d, BinaryLayer, BinaryLinear, binary_layers
+from .layers import BINARY, BinaryLayer, WeightedLayer, binary_layers
 from .levels import LearnedLevels, SignedLevels
 from .packed import PACKED, is_packed
+from .selection import choose_layers, default_exclude, pattern_list
 
 if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
     from .methods.base import Method, Place, Site
 
-BINARY = {nn.Linear: BinaryLinear, nn.Conv2d: BinaryConv2d}
-
-
-def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
-    """Whether a module's dotted name matches one of the shell-style patterns."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
 
 def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]) -> list[str]:
-    """Swap, in place, every module for which `replacement(name, module)` is not None; return their names."""
-    done = []
-    for name, module in list(model.named_modules()):
-        new = replacement(name, module) if name else None
-        if new is not None:
-            model.set_submodule(name, new)
-            done.append(name)
-    return done
+    """Swap, in place, every module for which `replacement(name, module)` is not None; return their names.
+
+    A module that is registered under several names is asked about under the first, and swapped under all. Nothing is
+    swapped before all replacements have been made: one that fails leaves the model as it was.
+    """
+    made = {module: replacement(name, module) for name, module in model.named_modules() if name}
+    names = [name for name, module in model.named_modules() if made.get(module) is not None]
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if made.get(module) is not None:
+            model.set_submodule(name, made[module])
+    return names
 
 
 def install_method(model: nn.Module, method: Method | None = None) -> nn.Module:
@@ -49,7 +47,7 @@ def install_method(model: nn.Module, method: Method | None = None) -> nn.Module:
         layer.install(method, site)
         for _, part in layer.parts():
             part.train(layer.training)
-    return model
+    return leave_fast_path_(model)
 
 
 @torch.no_grad()
@@ -118,44 +116,63 @@ def binary_fraction(model: nn.Module) -> float:
 def binarize_(
     model: nn.Module,
     method: Method | None = None,
-    skip: tuple[str, ...] | list[str] = (),
+    exclude: tuple[str, ...] | list[str] | None = None,
     binarize: str = "both",
     levels: Callable[[str], SignedLevels] | None = None,
     weight_scaling: str = "channel",
+    *,
+    skip: tuple[str, ...] | list[str] | None = None,
 ) -> nn.Module:
-    """Turn every `nn.Linear` and `nn.Conv2d` whose name matches no pattern in `skip` into a binary layer, in place.
+    """Turn every `nn.Linear` and `nn.Conv2d` outside `exclude` into a binary layer, in place.
 
-    The float weights become the latent weights. `levels(name)` makes the levels of a layer's input ({-1, 1} unless
-    given). `binarize`: "both", "weights" or "activations". `weight_scaling`: "channel", "layer" or "none". Raises
-    ValueError if nothing is left to binarize.
+    The float weights become the latent weights. `exclude`: shell-style patterns over the modules' names; one covers all
+    within the module, too. None: of a transformers model what `BinaryConfig` leaves float as well, heads, poolers and
+    what reads the image; of others, layers whose weights are known to be read directly. `nn.MultiheadAttention` stays
+    float throughout: it never calls its projections. `skip` is an older name of `exclude`.
 
-    >>> model = binarize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), skip=("2",))
+    `levels(name)` makes the levels of a layer's input ({-1, 1} unless given). `binarize`: "both", "weights" or
+    "activations". `weight_scaling`: "channel", "layer" or "none". Raises ValueError for a pattern that matches nothing,
+    for a model that is binary already, and if nothing is left to binarize.
+
+    >>> model = binarize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), exclude=["2"])
     >>> [type(module).__name__ for module in model]
     ['BinaryLinear', 'ReLU', 'Linear']
     """
-
-    to_binary_(model, skip, binarize, levels, weight_scaling)
+    if skip is not None and exclude is not None:
+        raise ValueError(f"exclude={exclude!r} and skip={skip!r}: skip is an older name of exclude; give one of them")
+    if is_binary(model):
+        raise ValueError(
+            f"{type(model).__name__} is binary already: call hf_bnn.install_method(model, method) to change its method "
+            "(and hf_bnn.unpack_ before it, if it is packed), or start from the float model to make other layers binary"
+        )
+    patterns = pattern_list("exclude", skip if exclude is None else exclude)
+    layers = choose_layers(model, None, default_exclude(model) if patterns is None else patterns)
+    to_binary_(model, layers, binarize, levels, weight_scaling)
     return install_method(model, method)
+
+
+def is_binary(model: nn.Module) -> bool:
+    """Whether any linear or conv2d layer, or table, of `model` is binary, latent or packed."""
+    return is_packed(model) or any(isinstance(layer, WeightedLayer) for layer in binary_layers(model))
 
 
 def to_binary_(
     model: nn.Module,
-    skip: tuple[str, ...] | list[str] = (),
+    layers: dict[nn.Module, str],
     binarize: str = "both",
     levels: Callable[[str], SignedLevels] | None = None,
     weight_scaling: str = "channel",
 ) -> nn.Module:
-    """`binarize_` without a method: the layers evaluate, but cannot be trained yet."""
+    """Turn the given layers, with their names, into binary ones, in place. They evaluate, but cannot be trained yet."""
 
-    def binary(name: str, module: nn.Module) -> nn.Module | None:
-        if type(module) not in BINARY or matches(name, skip):
+    def binary(_: str, module: nn.Module) -> nn.Module | None:
+        if module not in layers:
             return None
-        return BINARY[type(module)].from_float(module, binarize, levels(name) if levels else None, weight_scaling)
+        input_levels = levels(layers[module]) if levels else None
+        return BINARY[type(module)].from_float(module, binarize, input_levels, weight_scaling)
 
-    if not replace_modules(model, binary):
-        kinds = [cls.__name__ for cls in BINARY]
-        raise ValueError(f"nothing to binarize: no layer outside skip={tuple(skip)} is one of {kinds}")
-    return model
+    replace_modules(model, binary)
+    return leave_fast_path_(model)
 
 
 @torch.no_grad()
@@ -193,8 +210,9 @@ def _run_watched(model: nn.Module, run: Callable[[], object], watch: Callable[[B
 def pack_(model: nn.Module, commit: bool = False) -> nn.Module:
     """Replace latent weights by their bits, in place, and switch to evaluation. The model can no longer be trained.
 
-    Raises ValueError if there is nothing to pack, and for a model that its method has not finished making binary (a
-    StoMPP run that was stopped early), unless `commit` says that it is to be binary nevertheless.
+    Raises ValueError if there is nothing to pack, for a weight, scale, level or normalization that is NaN or infinite,
+    and for a model that its method has not finished making binary (a StoMPP run that was stopped early), unless
+    `commit` says that it is to be binary nevertheless. The model is then as it was.
 
     >>> model = pack_(binarize_(nn.Sequential(nn.Linear(8, 8))))
     >>> model[0].weight.dtype, model[0].weight.shape
@@ -208,13 +226,20 @@ def pack_(model: nn.Module, commit: bool = False) -> nn.Module:
         )
 
     def packed(name: str, module: nn.Module) -> nn.Module | None:
-        return PACKED[type(module)].from_latent(module) if _packs(module) else None
+        if not _packs(module):
+            return None
+        bits = PACKED[type(module)].from_latent(module)
+        check_finite(
+            f"pack {type(model).__name__}", {f"{name}.weight_scale": bits.weight_scale}
+        )  # float16 may overflow
+        return bits
 
+    check_finite(f"pack {type(model).__name__}", tensors_to_check(model))
     if not replace_modules(model, packed):
         reason = "it is packed already" if is_packed(model) else "it has no binary weights and no rounded embeddings"
         raise ValueError(f"nothing to pack in {type(model).__name__}: {reason}")
     drop_method(model)
-    return model.eval()
+    return leave_fast_path_(model).eval()
 
 
 def has_fresh_levels(model: nn.Module) -> bool:
@@ -231,7 +256,7 @@ def empty_packed_(model: nn.Module) -> nn.Module:
     """Like `pack_`, but leaves the bits to be loaded: works on the meta device."""
     replace_modules(model, lambda _, module: PACKED[type(module)].empty_like(module) if _packs(module) else None)
     drop_method(model)
-    return model.eval()
+    return leave_fast_path_(model).eval()
 
 
 @torch.no_grad()

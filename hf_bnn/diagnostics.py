@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .execution import bypassed_layers, untouched
 from .functional import sign_int8
 from .layers import BinaryLayer, WeightedLayer
-from .levels import LearnedLevels, SignedLevels
+from .levels import SignedLevels
 from .packed import PackedConv2d, PackedLinear, is_packed
 
 MANY = 0.5  # the share of constant features, or of dead outputs, above which something is wrong
@@ -76,9 +76,10 @@ def check_inputs(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[In
     """How the inputs of the binary layers of a latent or a packed model are spread over their levels, for one batch.
 
     One report per layer with binary inputs, and per operand of a BinaryMatmul, in the order of execution; layers that
-    the batch does not reach come last. The model is run once, in evaluation, and is afterwards as it was. Learned
-    levels that were never fitted are fitted to the batch for the time being, as BinaryTrainer does before its first
-    step; those of a packed model stay, since nobody will fit them. Raises ValueError if no layer has binary inputs.
+    the batch does not reach come last. The model is run in evaluation, and once as in training, to find the layers that
+    it passes by (see `hf_bnn.execution.bypassed_layers`); it is afterwards as it was. Learned levels that were never
+    fitted are fitted to the batch for the time being, as BinaryTrainer does before its first step; those of a packed
+    model stay, since nobody will fit them. Raises ValueError if no layer has binary inputs.
 
     >>> from hf_bnn import binarize_
     >>> print(*check_inputs(binarize_(nn.Sequential(nn.Linear(2, 8))), torch.eye(2) - 0.5), sep="\\n")
@@ -98,22 +99,30 @@ def check_inputs(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[In
         for (name, levels, features), x in zip(operands, inputs, strict=True):
             tallies.setdefault((layer, name), _Tally(fresh[name])).add(x, levels, features)
 
-    with _untouched(model), torch.no_grad():
+    def run() -> None:
+        model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+    with untouched(model), torch.no_grad():
         hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
         try:
-            model(**batch) if isinstance(batch, Mapping) else model(batch)
+            model.eval()
+            run()
         finally:
             for hook in hooks:
                 hook.remove()
     for layer in layers:
         for name, _, _ in _operands(layer):
             tallies.setdefault((layer, name), _Tally())
-    return [_report(layers[layer], name, tally, _dead_outputs(layer)) for (layer, name), tally in tallies.items()]
+    bypassed = set(bypassed_layers(model, run))
+    return [
+        _report(layers[layer], name, tally, _dead_outputs(layer), layers[layer] in bypassed)
+        for (layer, name), tally in tallies.items()
+    ]
 
 
 def _operands(module: nn.Module) -> list[tuple[str, SignedLevels, int | None]]:
     """(name, levels, dimension of the features, if it has any) of each binary operand of a layer."""
-    features = 1 if isinstance(module, nn.Conv2d) else -1
+    features = -3 if isinstance(module, nn.Conv2d) else -1
     if isinstance(module, PackedLinear | PackedConv2d):
         return [("input", module.input_levels, features)] if module.binary_inputs else []
     if isinstance(module, WeightedLayer):
@@ -131,12 +140,17 @@ def _dead_outputs(layer: nn.Module) -> float:
     return float((scale == 0).float().mean())
 
 
-def _report(module: str, operand: str, tally: _Tally, dead: float) -> InputReport:
+def _report(module: str, operand: str, tally: _Tally, dead: float, bypassed: bool) -> InputReport:
+    problem = "this batch does not reach it" if tally.total == 0 else None
+    if bypassed:
+        problem = (
+            "the model reads its weight without calling it, in evaluation or in training: it is a float layer there, "
+            "and fails once packed; exclude it"
+        )
     if tally.total == 0:
-        problem = "this batch does not reach it, or the model reads its weight without calling it; exclude it"
         return InputReport(module, operand, 0.0, 0.0, 0.0, dead, False, problem)
     shares = (tally.high / tally.total, tally.constant_features(), tally.beyond / tally.total, dead)
-    return InputReport(module, operand, *shares, tally.calibrated, _problem(tally, *shares))
+    return InputReport(module, operand, *shares, tally.calibrated, problem or _problem(tally, *shares))
 
 
 def _problem(tally: _Tally, high: float, constant: float, beyond: float, dead: float) -> str | None:
@@ -168,24 +182,3 @@ def _problem(tally: _Tally, high: float, constant: float, beyond: float, dead: f
     if dead > MANY:
         return f"{dead:.0%} of its outputs have weights that are all 0: load trained weights, or exclude it"
     return None
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; then every mode, learned level, buffer and random state is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    levels = [module for module in model.modules() if isinstance(module, LearnedLevels) and module.fresh]
-    values = [(tensor, tensor.detach().clone()) for module in levels for tensor in module.parameters()]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices=sorted(devices)):
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-        for module in levels:
-            module.fresh = True

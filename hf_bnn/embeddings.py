@@ -1,6 +1,5 @@
 """Embedding tables for training whose rows are rounded when they are looked up."""
 
-import logging
 from typing import Any
 
 import torch
@@ -8,46 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import sign_int8, straight_through
-
-logger = logging.getLogger(__name__)
-
-
-def refuse_weight(
-    module: nn.Module,
-    state_dict: dict[str, Tensor],
-    prefix: str,
-    reason: str,
-    metadata: dict,
-    strict: bool,
-    missing: list[str],
-    unexpected: list[str],
-    errors: list[str],
-) -> None:
-    """Keep `module`'s weight, in the midst of a load_state_dict that has one of another kind for it.
-
-    Of another shape it is an error. Of the same shape (a depthwise kernel, an int8 table) torch would copy it: it is
-    reported as unexpected, and the module's own as missing, which only strict=False lets pass.
-    """
-    name = f"{prefix}weight"
-    given = state_dict[name]
-    if given.shape == module.weight.shape:
-        missing.append(name)
-        unexpected.append(name)
-        logger.warning(f"{name}, {given.dtype}, is not loaded: {reason}")
-    else:
-        errors.append(f"{name} is {given.dtype}, but {reason}")
-    state_dict[name] = module.weight.detach()  # in load_state_dict's own copy of the dict
-
-
-def refuse_integers(layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-    """`refuse_weight` for a latent layer that is given the integers of a packed one."""
-    given = state_dict.get(f"{prefix}weight")
-    if given is not None and not given.is_floating_point():
-        text = (
-            f"this {type(layer).__name__} is latent: load it into a packed model (hf_bnn.pack_), and call "
-            "hf_bnn.unpack_ on that to train it"
-        )
-        refuse_weight(layer, state_dict, prefix, text, *arguments)
+from .state_forms import own_form
 
 
 class RoundedEmbedding(nn.Embedding):
@@ -61,14 +21,15 @@ class RoundedEmbedding(nn.Embedding):
         new.weight = embedding.weight
         return new.train(embedding.training)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        refuse_integers(self, state_dict, prefix, *arguments)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-
     @staticmethod
     def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
         """Integers `(..., dim)` and a scale per row `(...)`, whose product is the rounded rows."""
         raise NotImplementedError("RoundedEmbedding is a base class: use Int8Embedding or BinaryEmbedding")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        *_, unexpected, _ = rest
+        state_dict = own_form(state_dict, f"{prefix}weight", self.weight, unexpected)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = F.embedding(ids, self.weight, self.padding_idx)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .embeddings import refuse_integers
 from .functional import WEIGHT_SCALINGS, learning_scale, sign, sign_int8, silence, weight_scale
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
+from .state_forms import own_form
 
 if TYPE_CHECKING:
     from .methods.base import Method, Part, Site
@@ -178,13 +178,40 @@ class WeightedLayer(BinaryLayer):
                 "the optimizer keeps float32 copies, set master_weights = True on the binary layers"
             )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        refuse_integers(self, state_dict, prefix, *arguments)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-
     def scale(self) -> Tensor:
         """The scale of each output channel's signs, shape `(out,)`."""
         return weight_scale(self.weight, self.weight_scaling)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, nn.Parameter) and not self.training and self._loses_factors(value):
+            raise ValueError(
+                f"a {type(self).__name__} with weight_scaling={self.weight_scaling!r} was given its weights times a "
+                "factor per output channel, which their signs would not have: a normalization cannot be folded into it "
+                "(torch.nn.utils.fusion); keep the normalization behind the layer"
+            )
+        super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def _loses_factors(self, weight: Tensor) -> bool:
+        """Whether `weight` is the present one, times factors per output channel, and its scaled signs are not."""
+        old = self._parameters.get("weight")
+        if old is None or not self.binary_weight or old.is_meta or weight.is_meta or old.shape != weight.shape:
+            return False
+        rows, new = old.flatten(1).double(), weight.to(old.device).flatten(1).double()
+        factors = ((rows * new).sum(1) / rows.square().sum(1).clamp_min(1e-30)).unsqueeze(1)
+        if not torch.allclose(new, rows * factors, 1e-3, 1e-3 * float(new.abs().mean())):
+            return False  # other weights
+
+        def binary(w: Tensor) -> Tensor:
+            return sign(w) * weight_scale(w, self.weight_scaling).unsqueeze(1)
+
+        expected = binary(rows) * factors
+        return not torch.allclose(binary(new), expected, 1e-3, 1e-3 * float(expected.abs().mean()))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        *_, unexpected, _ = rest
+        state_dict = own_form(state_dict, f"{prefix}weight", self.weight, unexpected)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.learns(x, self.weight):
@@ -264,7 +291,7 @@ class BinaryLinear(WeightedLayer, nn.Linear):
 
 
 class BinaryConv2d(WeightedLayer, nn.Conv2d):
-    """`(N, in, H, W) -> (N, out, H', W')` with weights of +-1 times a scale, and inputs on two levels.
+    """`(N, in, H, W) -> (N, out, H', W')` with weights of +-1 times a scale, and inputs on two levels; N may be absent.
 
     `binarize` and `weight_scaling` as in BinaryLinear. A padded position adds exactly nothing, whatever the levels.
 
@@ -312,6 +339,9 @@ class BinaryConv2d(WeightedLayer, nn.Conv2d):
         new.weight, new.bias = conv.weight, conv.bias
         return new.train(conv.training)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dim() == 4 else super().forward(one_image(x)).squeeze(0)
+
     @property
     def product(self) -> Conv2dProduct:
         return Conv2dProduct(self.stride, self.padding, self.dilation, self.groups)
@@ -321,11 +351,18 @@ class BinaryConv2d(WeightedLayer, nn.Conv2d):
         return (self.in_channels, 1, 1)
 
 
+def one_image(x: Tensor) -> Tensor:
+    """`(C, H, W)` as a batch of one. Raises ValueError for inputs of other dimensions."""
+    if x.dim() != 3:
+        raise ValueError(f"inputs of shape {tuple(x.shape)}: a convolution takes (N, C, H, W), or (C, H, W)")
+    return x.unsqueeze(0)
+
+
 def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
     """(rows, columns) of zeros on each side. Raises ValueError for padding of another kind."""
     if conv.padding_mode != "zeros":
         raise ValueError(
-            f"padding_mode={conv.padding_mode!r}: a binary convolution pads with zeros; leave it float (skip=...)"
+            f"padding_mode={conv.padding_mode!r}: a binary convolution pads with zeros; leave it float (exclude=...)"
         )
     if conv.padding == "valid":
         return (0, 0)
@@ -334,7 +371,7 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
         if any(n % 2 for n in total):
             raise ValueError(
                 f"padding='same' with kernel_size={conv.kernel_size} pads more on one side than on the other: "
-                "a binary convolution pads alike; leave it float (skip=...)"
+                "a binary convolution pads alike; leave it float (exclude=...)"
             )
         return tuple(n // 2 for n in total)
     return conv.padding
@@ -343,3 +380,6 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
 def binary_layers(model: nn.Module) -> list[BinaryLayer]:
     """The model's binary layers in forward (definition) order."""
     return [module for module in model.modules() if isinstance(module, BinaryLayer)]
+
+
+BINARY = {nn.Linear: BinaryLinear, nn.Conv2d: BinaryConv2d}  # what becomes of a float layer of exactly this class

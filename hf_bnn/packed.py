@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .embeddings import BinaryEmbedding, Int8Embedding, refuse_weight
+from .embeddings import BinaryEmbedding, Int8Embedding
 from .functional import clipped_sign, pack_bits, unpack_bits
 from .kernels.weights import groups_are_large, takes_panels
-from .layers import BinaryConv2d, BinaryLinear, WeightedLayer, rescale, sign_product
+from .layers import BinaryConv2d, BinaryLinear, WeightedLayer, one_image, rescale, sign_product
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
+from .state_forms import own_form
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def warn_of_training() -> None:
 
 
 class _Packed(nn.Module):
-    """What all packed modules share: integers under `weight`, and scales whose type no cast of the model changes.
+    """What packed layers and tables share: integers under `weight`, and scales whose type no cast of the model changes.
 
     The latent module computes its scales in that type, whatever its own: in another they would round otherwise.
     """
@@ -43,15 +44,19 @@ class _Packed(nn.Module):
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *arguments: Any) -> None:
-        given = state_dict.get(f"{prefix}weight")
-        if given is not None and given.dtype != self.weight.dtype:
-            text = (
-                f"this {type(self).__name__} holds packed {self.weight.dtype}: load a latent state dict into a latent "
-                "model, and call hf_bnn.pack_ on that"
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, nn.Parameter):
+            raise ValueError(
+                f"the weight of a {type(self).__name__} is bits, which take no parameter in their place: a "
+                "normalization cannot be folded into them (torch.nn.utils.fusion). Keep the normalization; "
+                "hf_bnn.unpack_(model) makes the weights parameters again"
             )
-            refuse_weight(self, state_dict, prefix, text, *arguments)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        *_, unexpected, _ = rest
+        state_dict = own_form(state_dict, f"{prefix}weight", self.weight, unexpected)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class _PackedWeight(_Packed):
@@ -108,7 +113,7 @@ class _PackedWeight(_Packed):
         if not x.is_floating_point():
             raise TypeError(
                 f"a packed layer was given {x.dtype} inputs: perhaps the model casts them to the dtype of the layer's "
-                "weight, as T5 does; leave that layer float (skip=..., exclude=...) when the model is made binary"
+                "weight, as T5 does; leave that layer float (exclude=...) when the model is made binary"
             )
         compiled = self.binary_inputs and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if compiled and x.numel() and x.device == self.weight.device and takes_panels(self.weight) and self.has_kernel:
@@ -198,7 +203,7 @@ class PackedLinear(_PackedWeight, nn.Linear):
 
 
 class PackedConv2d(_PackedWeight, nn.Conv2d):
-    """`(N, in, H, W) -> (N, out, H', W')` from one bit per weight, bit 1 = negative.
+    """`(N, in, H, W) -> (N, out, H', W')` from one bit per weight, bit 1 = negative; N may be absent.
 
     The bits run along the input channels: uint8 `(out, ceil(in / groups / 8), kh, kw)`. Gradients as in PackedLinear.
     Without `levels` the constructor makes a float nn.Conv2d: PEFT builds its adapters as `type(layer)(in, out, ...)`.
@@ -231,6 +236,9 @@ class PackedConv2d(_PackedWeight, nn.Conv2d):
         self.padding_mode, self.transposed, self.output_padding = "zeros", False, (0, 0)
         shape = (out_channels, -(-in_channels // groups // 8), *kernel_size)
         self.hold(shape, bias, levels, binary_inputs, weight_scaling, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dim() == 4 else super().forward(one_image(x)).squeeze(0)
 
     @staticmethod
     def geometry(layer: nn.Conv2d) -> tuple:
@@ -304,7 +312,8 @@ class _PackedEmbedding(_Packed, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.flatten()
-        rows = self.integers(self.weight[flat]).float() * self.weight_scale[flat].float().unsqueeze(-1)
+        scale = self.weight_scale.index_select(0, flat)  # unlike indexing it takes no -1, as nn.Embedding takes none
+        rows = self.integers(self.weight.index_select(0, flat)).float() * scale.float().unsqueeze(-1)
         return rows.view(*ids.shape, self.embedding_dim)
 
 

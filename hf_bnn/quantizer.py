@@ -9,23 +9,36 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import _load_parameter_into_model
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .convert import empty_packed_, install_method, to_binary_
+from .convert import empty_packed_, install_method, is_binary, to_binary_
 from .functional import WEIGHT_SCALINGS
-from .layers import BINARIZE, binary_layers
+from .layers import BINARIZE
 from .levels import ElasticLevels, SignedLevels, UnsignedLevels
 from .models.base import BinaryModelMixin, check_choice
 from .models.checkpoint import CONFIG_DIGEST, check_sizes
 from .models.loading import refuse_offloading
-from .packed import is_packed
 from .scalar_levels import has_scalar_levels, set_levels_shape_
-from .selection import candidates, check_patterns, choose_layers, covered, default_exclude, head_layers
+from .selection import (
+    KINDS,
+    candidates,
+    check_patterns,
+    choose_layers,
+    covered,
+    default_exclude,
+    head_layers,
+    obstacles,
+    pattern_list,
+)
+from .summary import composition
+
+logger = logging.get_logger(__name__)
 
 NAME = "hf_bnn"
 
@@ -70,8 +83,8 @@ class BinaryConfig(QuantizationConfigMixin):
         check_choice("quant_method", quant_method, (NAME,))
         self.quant_method = quant_method
         self.binarize, self.levels, self.weight_scaling = binarize, levels, weight_scaling
-        self.unsigned = _patterns("unsigned", unsigned)
-        self.include, self.exclude = _patterns("include", include), _patterns("exclude", exclude)
+        self.unsigned = pattern_list("unsigned", unsigned)
+        self.include, self.exclude = pattern_list("include", include), pattern_list("exclude", exclude)
         self.weight_format, self.weights_sha256 = weight_format, weights_sha256
 
     @classmethod
@@ -104,8 +117,8 @@ class BinaryConfig(QuantizationConfigMixin):
             return ElasticLevels(signed)
         return SignedLevels() if signed else UnsignedLevels()
 
-    def choose(self, model: PreTrainedModel, built: bool = False) -> list[str]:
-        """The names of the layers of `model` that are to be binary; settles `exclude`.
+    def choose(self, model: PreTrainedModel, built: bool = False) -> dict[nn.Module, str]:
+        """The layers of `model` that are to be binary, with their names; settles `exclude`.
 
         `built`: the model was binary before it was saved, perhaps under another head. Raises ValueError for a pattern
         that matches nothing, for a layer that cannot be binary, and if no layer is left.
@@ -115,17 +128,13 @@ class BinaryConfig(QuantizationConfigMixin):
         elif built and type(model).__name__ not in (model.config.architectures or ()):
             self.exclude = list(dict.fromkeys([*self.exclude, *head_layers(model)]))
         if not built:
-            layers, modules = list(candidates(model)), [name for name, _ in model.named_modules() if name]
-            check_patterns(model, "include", self.include, layers, "nn.Linear or nn.Conv2d")
-            check_patterns(model, "unsigned", self.unsigned, layers, "nn.Linear or nn.Conv2d")
-            check_patterns(model, "exclude", self.exclude, modules, "module")
-        return choose_layers(model, self.include, self.exclude)
-
-
-def _patterns(field: str, patterns: list[str] | tuple[str, ...] | None) -> list[str] | None:
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
-        raise ValueError(f"{field}={patterns!r}: expected a list of patterns, as in {field}=['lm_head', '*.pooler']")
-    return None if patterns is None else list(patterns)
+            names = [name for names in candidates(model).values() for name in names]
+            check_patterns(model, "unsigned", self.unsigned, names, KINDS)
+        layers = choose_layers(model, self.include, self.exclude, check=not built)
+        if built and (found := obstacles(model, layers)):  # an older hf_bnn made them binary
+            name, reason = next(iter(found.items()))
+            logger.warning(f"{len(found)} layers of this checkpoint should not be binary; {name!r}: {reason}")
+        return layers
 
 
 @register_quantizer(NAME)
@@ -152,11 +161,10 @@ class BinaryQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         config, base = self.quantization_config, model.base_model_prefix
-        if binary_layers(model) or is_packed(model):
+        if is_binary(model):
             raise ValueError(f"{type(model).__name__} is binary already: leave BinaryConfig out")
-        layers = set(config.choose(model, built=self.pre_quantized))
-        rest = [name for name in candidates(model) if name not in layers]
-        to_binary_(model, rest, config.binarize, lambda name: config.input_levels(name, base), config.weight_scaling)
+        layers = config.choose(model, built=self.pre_quantized)
+        to_binary_(model, layers, config.binarize, lambda name: config.input_levels(name, base), config.weight_scaling)
         if self.pre_quantized and config.weight_format == "packed":
             empty_packed_(model)
         else:
@@ -178,6 +186,8 @@ class BinaryQuantizer(HfQuantizer):
             set_levels_shape_(model, (1,))
         if hasattr(model, "hf_device_map"):
             refuse_offloading(model, model.hf_device_map)
+        if model.loaded_format == "float":
+            logger.warning(f"{type(model).__name__}: {composition(model)}")
         return model
 
     def is_serializable(self) -> bool:

@@ -1,88 +1,197 @@
-"""Which layers of a transformers model become binary: patterns over module names, and what stays float by default."""
+"""Which layers of a model become binary: patterns over module names, and what stays float by default."""
+
+from __future__ import annotations
 
 import difflib
+import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.quantizers.base import get_keys_to_not_convert
 
-from .convert import BINARY, matches
-from .layers import padding_of
+from .direct_reads import reads_weight
+from .layers import BINARY, padding_of
 
 FLOAT_NAMES = ("*pooler*", "*patch_embed*")
+KINDS = "nn.Linear or nn.Conv2d"
 
 
-def covered(name: str, patterns: list[str], base: str) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a dotted name, as a whole, matches one of the shell-style patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def pattern_list(field: str, patterns: object) -> list[str] | None:
+    """The patterns as a list; None stays None. Raises ValueError for a string, or for what is not all strings."""
+    if patterns is None:
+        return None
+    if not isinstance(patterns, list | tuple | set) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"{field}={patterns!r}: expected a list of patterns, as in {field}=['lm_head', '*.pooler']")
+    return list(patterns)
+
+
+def covered(name: str, patterns: Iterable[str], base: str = "") -> bool:
     """Whether a pattern matches the module or one that it is in, with or without the base model's prefix."""
     parts = name.split(".")
     within = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    names = [*within, *(f"{base}.{n}" for n in within), *(n.removeprefix(f"{base}.") for n in within)]
-    return any(matches(n, patterns) for n in names)
+    if base:
+        within += [*(f"{base}.{n}" for n in within), *(n.removeprefix(f"{base}.") for n in within)]
+    return any(matches(n, patterns) for n in within)
 
 
-def candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of the kinds that have a binary form, by name."""
-    return {name: module for name, module in model.named_modules() if type(module) in BINARY}
+def base_prefix(model: nn.Module) -> str:
+    """What the names of a transformers model's encoder may begin with; empty for any other model."""
+    return model.base_model_prefix if _is_stock(model) else ""
 
 
-def choose_layers(model: PreTrainedModel, include: list[str] | None, exclude: list[str]) -> list[str]:
-    """The names of the layers within `include` (None: all) and outside `exclude`.
+def candidates(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The layers of the kinds that have a binary form, each with all its names: a shared one has several."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in BINARY:
+            found.setdefault(module, []).append(name)
+    return found
 
-    Raises ValueError for one that cannot be binary, and if there is none.
+
+def choose_layers(
+    model: nn.Module, include: list[str] | None, exclude: list[str], check: bool = True
+) -> dict[nn.Module, str]:
+    """The layers within `include` (None: all) and outside `exclude`, with their names.
+
+    A layer that is registered under several names is left out if any of them is excluded. Raises ValueError if no layer
+    is left and, unless `check` is off, for a pattern that matches nothing and for a layer that cannot be binary.
     """
-    base, layers = model.base_model_prefix, candidates(model)
-    wanted = [name for name in layers if include is None or covered(name, include, base)]
-    chosen = [name for name in wanted if not covered(name, exclude, base)]
-    for name in chosen:
-        if reason := obstacle(layers[name]):
-            raise ValueError(f"{name!r} cannot be binary: {reason}. Add {name!r} to exclude")
+    base, layers = base_prefix(model), candidates(model)
+    if check:
+        check_patterns(model, "include", include, [name for names in layers.values() for name in names], KINDS)
+        check_patterns(model, "exclude", exclude)
+    chosen = {
+        layer: names[0]
+        for layer, names in layers.items()
+        if include is None or any(covered(name, include, base) for name in names)
+        if not any(covered(name, exclude, base) for name in names)
+    }
+    for name, reason in obstacles(model, chosen).items() if check else ():
+        raise ValueError(f"{name!r} cannot be binary: {reason}. Add {name!r} to exclude")
     if not chosen:
+        within = "" if include is None else f"within include={include} and "
         others = Counter(type(m).__name__ for m in model.modules() if hasattr(m, "weight") and type(m) not in BINARY)
         raise ValueError(
-            f"nothing to binarize in {type(model).__name__}: no module within include={include} and outside "
-            f"exclude={exclude} is one of {[cls.__name__ for cls in BINARY]}. Its other modules with weights, "
-            f"which cannot be binary, are {dict(others)}"
+            f"nothing to binarize in {type(model).__name__}: no layer {within}outside exclude={exclude} is one of "
+            f"{[cls.__name__ for cls in BINARY]}. Its other modules with weights, which cannot be binary, are "
+            f"{dict(others)}"
         )
     return chosen
 
 
-def check_patterns(model: PreTrainedModel, field: str, patterns: list[str] | None, names: list[str], kind: str) -> None:
-    """Raise ValueError for the first of the patterns of a config's `field` that covers none of `names`."""
-    for pattern in patterns or ():
-        if not any(covered(name, [pattern], model.base_model_prefix) for name in names):
-            near = difflib.get_close_matches(pattern, names, 3, 0)
-            raise ValueError(
-                f"the {field} pattern {pattern!r} matches no {kind} of {type(model).__name__}; the nearest are {near}"
-            )
+def unmatched(model: nn.Module, patterns: Iterable[str] | None, names: list[str] | None = None) -> list[str]:
+    """Those of the patterns that cover none of `names` (None: of the names of all modules)."""
+    names = _module_names(model) if names is None else names
+    base = base_prefix(model)
+    return [p for p in patterns or () if not any(covered(name, [p], base) for name in names)]
 
 
-def default_exclude(model: PreTrainedModel) -> list[str]:
-    """The layers that stay float unless told otherwise: heads, what reads the image, poolers, what cannot be binary."""
-    upstream = {key.removesuffix(".bias") for key in get_keys_to_not_convert(model)}
-    heads, channels = set(head_layers(model)), {1, 3, getattr(model.config, "num_channels", 3)}
+def check_patterns(
+    model: nn.Module, field: str, patterns: list[str] | None, names: list[str] | None = None, kind: str = "module"
+) -> None:
+    """Raise ValueError for the first of the patterns in `field` that covers none of `names` (None: of all modules)."""
+    for pattern in unmatched(model, patterns, names):
+        near = difflib.get_close_matches(pattern, _module_names(model) if names is None else names, 3, 0)
+        raise ValueError(
+            f"the {field} pattern {pattern!r} matches no {kind} of {type(model).__name__}; the nearest are {near}"
+        )
+
+
+def _module_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+
+
+def default_exclude(model: nn.Module) -> list[str]:
+    """The layers that stay float unless told otherwise, by all their names.
+
+    Of a transformers model, or of one within `model`: heads, what reads the image, poolers, what cannot be binary. Of
+    any model: layers whose weights are read directly.
+    """
+    excluded = set(_read_directly(model))
+    for stock in _stock_models(model):
+        excluded.update(_kept_float(stock), filter(_own_obstacle, candidates(stock)))
+    return [name for layer, names in candidates(model).items() if layer in excluded for name in names]
+
+
+def head_layers(model: nn.Module) -> list[str]:
+    """The linear and conv2d layers of a transformers model that are outside its base model, by all their names."""
+    inside = set(model.base_model.modules())
+    return [name for layer, names in candidates(model).items() if layer not in inside for name in names]
+
+
+def _kept_float(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a transformers model that stay float by default."""
+    ends, heads = _ends(model), set(head_layers(model))
+    channels = {1, 3, getattr(model.config, "num_channels", 3)}
     # T5 casts the inputs of such a layer to the dtype of its weight, which is uint8 when it is packed.
     sensitive = set(model._keep_in_fp32_modules or ())
-    return [
-        name
-        for name, layer in candidates(model).items()
-        if name in upstream
-        or name in heads
-        or not sensitive.isdisjoint(name.split("."))
-        or matches(name, FLOAT_NAMES)
-        or (isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels in channels)
-        or obstacle(layer)
-    ]
+    for layer, names in candidates(model).items():
+        reads_image = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels in channels
+        if reads_image or any(
+            name in ends or name in heads or matches(name, FLOAT_NAMES) or not sensitive.isdisjoint(name.split("."))
+            for name in names
+        ):
+            yield layer
 
 
-def head_layers(model: PreTrainedModel) -> list[str]:
-    """The linear and conv2d layers outside the base model, by name."""
-    inside = set(model.base_model.modules())
-    return [name for name, layer in candidates(model).items() if layer not in inside]
+def _ends(model: nn.Module) -> set[str]:
+    """The names of tied modules, output embeddings and the last module, as transformers' own quantizers leave float."""
+    output = model.get_output_embeddings()
+    tied = model.all_tied_weights_keys or {}
+    last = list(model.named_parameters())[-1:]
+    keys = [*tied, *tied.values(), *(name for name, _ in last)]
+    names = {name for name, module in model.named_modules() if output is not None and module is output}
+    return names | {key.removesuffix(".weight").removesuffix(".bias") for key in keys}
 
 
-def obstacle(layer: nn.Module) -> str | None:
-    """Why a linear or conv2d layer cannot be binary; None if it can."""
+def _stock_models(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost transformers models in `model`, which may itself be one."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if _is_stock(module) and module not in inside:
+            inside.update(module.modules())
+            yield module
+
+
+def _is_stock(model: nn.Module) -> bool:
+    modeling = sys.modules.get(
+        "transformers.modeling_utils"
+    )  # where it was never imported, there is none of its models
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def _read_directly(model: nn.Module) -> dict[nn.Module, str]:
+    """The linear and conv2d layers whose weights are read by the module that they are in, and that module's class."""
+    return {
+        layer: type(parent).__name__
+        for parent in model.modules()
+        for name, layer in parent._modules.items()
+        if type(layer) in BINARY and reads_weight(parent, name)
+    }
+
+
+def obstacles(model: nn.Module, layers: dict[nn.Module, str]) -> dict[str, str]:
+    """Why those of the layers, given with their names, cannot be binary that cannot."""
+    readers = _read_directly(model)
+    found: dict[str, str] = {}
+    for layer, name in layers.items():
+        reason = _own_obstacle(layer)
+        if layer in readers:
+            reason = f"{readers[layer]} reads its weight instead of calling it, at least in training: it would be float"
+        if reason:
+            found[name] = reason
+    return found
+
+
+def _own_obstacle(layer: nn.Module) -> str | None:
+    if "weight" not in layer._parameters:
+        return "its weight is computed from other parameters (weight_norm or spectral_norm), which it would lose"
     try:
         if isinstance(layer, nn.Conv2d):
             padding_of(layer)

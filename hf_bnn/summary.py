@@ -1,5 +1,8 @@
 """What a model consists of, in bits: it agrees with the file on disk."""
 
+import re
+from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -49,21 +52,52 @@ def summary(model: nn.Module) -> Summary:
     return Summary(_weights(model), binary, 4 * binary, bits, bits + scales)
 
 
+def composition(model: nn.Module, blocks: int = 3) -> str:
+    """In a line, how much of a latent or a packed model is binary, and where most of the rest is.
+
+    >>> from hf_bnn import binarize_
+    >>> composition(binarize_(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), exclude=["1"]))
+    '87.7% of the weights are binary (1 layer); largest float blocks: 1 (11.3%), 0 (1.4%)'
+    """
+    floats: Counter[str] = Counter()
+    binary, layers = 0, 0
+    for name, module, count in _counts(model):
+        bits = _binary_weights(module)
+        layers += bits > 0
+        binary += bits
+        block = re.sub(r"\.\d+(?=\.|$)", ".*", name) or type(model).__name__
+        floats[block] += count - bits
+    total = binary + floats.total()
+    largest = ", ".join(f"{name} ({n / total:.1%})" for name, n in floats.most_common(blocks) if n)
+    share = f"{binary / total:.1%} of the weights are binary ({layers} layer{'s' * (layers != 1)})"
+    return f"{share}; largest float blocks: {largest}" if largest else share
+
+
+def _binary_weights(module: nn.Module) -> int:
+    """How many weights of a module, without those within it, are binary."""
+    if isinstance(module, PackedLinear | PackedConv2d):
+        return module.signs().numel()
+    return module.weight.numel() if isinstance(module, BinaryLayer) and module.binary_weight else 0
+
+
 def _weights(model: nn.Module) -> int:
-    count, seen = 0, set()  # a bias may belong to two modules
+    return sum(count for _, _, count in _counts(model))
+
+
+def _counts(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """How many weights each module has of its own, as many as in its float form."""
+    seen: set[nn.Parameter] = set()  # a bias may belong to two modules
     for module in model.modules():
         if isinstance(module, BinaryLayer):  # what its method has put into it is gone after training
             seen.update(p for _, part in module.parts() for p in part.parameters())
         if isinstance(module, SignedLevels):
             seen.update(module.parameters())
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, PackedLinear | PackedConv2d):
-            count += module.signs().numel()
-            count += 0 if module.bias is None else module.bias.numel()
+            yield name, module, module.signs().numel() + (0 if module.bias is None else module.bias.numel())
         elif isinstance(module, nn.Embedding):
-            count += module.num_embeddings * module.embedding_dim
+            yield name, module, module.num_embeddings * module.embedding_dim
         else:
             own = [p for p in module.parameters(recurse=False) if p not in seen]
             seen.update(own)
-            count += sum(p.numel() for p in own)
-    return count
+            yield name, module, sum(p.numel() for p in own)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from machine import environment
 from scipy.stats import t as student
-from small_nets import SKIP, Data, digits, fashion_mnist, plain_mlp, resnet
+from small_nets import Data, digits, fashion_mnist, float_ends, plain_mlp, resnet
 from torch import Tensor, nn
 
 from hf_bnn import binarize_
@@ -114,7 +114,7 @@ def run_arm(net: Net, arm: Arm, data: Data, training: Training, seed: int) -> fl
     """One training from scratch; the initial weights depend on `seed` only."""
     torch.manual_seed(seed)
     model = net.make(data.train_x[0].numel())
-    binarize_(model, arm.method, SKIP, net.binarize, weight_scaling=arm.scaling)
+    binarize_(model, arm.method, float_ends(model), net.binarize, weight_scaling=arm.scaling)
     number_by_execution_(model, lambda: model(data.train_x[:8]))
     train(model, arm.method, data, training, seed)
     return accuracy(model, data)
@@ -209,7 +209,7 @@ def fsg_against_ste(arguments: argparse.Namespace, data: Data, rows: list[dict],
         start = float_start(data, seed, warm_up)
         row = {"seed": seed, "float": accuracy(start, data)}
         for method in (STE(), Fsg()):
-            model = binarize_(copy.deepcopy(start), method, SKIP, "weights")
+            model = binarize_(copy.deepcopy(start), method, float_ends(start), "weights")
             row.setdefault("unrefined", accuracy(model, data))
             train(model, method, data, fine_tuning, seed)
             row[method.name] = accuracy(model, data)
@@ -247,7 +247,8 @@ def fsg_cost(rounds: int) -> dict:
 
 def _step_of_resnet20(method: Method, x: Tensor, y: Tensor) -> Callable[[int], None]:
     torch.manual_seed(0)
-    model = binarize_(resnet(3, 16, relu=True), method, SKIP, "weights")
+    model = resnet(3, 16, relu=True)
+    model = binarize_(model, method, float_ends(model), "weights")
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     hook_optimizer(model, optimizer, method)
     model.train()

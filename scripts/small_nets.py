@@ -104,4 +104,7 @@ def resnet(blocks: int, width: int = 16, channels: int = 3, relu: bool = False) 
     return nn.Sequential(stem, body, head)
 
 
-SKIP = ("0.*", "2", "2.*", "*shortcut*")  # first, last and downsampling layers stay float
+def float_ends(model: nn.Sequential) -> list[str]:
+    """Patterns of what stays float in these networks: the first, the last and the downsampling layers."""
+    shortcuts = any(isinstance(module, ConvBlock) for module in model.modules())
+    return ["0", "2", *(["*shortcut*"] if shortcuts else [])]

@@ -7,7 +7,7 @@ from pathlib import Path
 import bench_methods as bench
 import pytest
 import torch
-from small_nets import SKIP, digits, fashion_mnist, plain_mlp, resnet
+from small_nets import digits, fashion_mnist, float_ends, plain_mlp, resnet
 
 from hf_bnn import binarize_
 from hf_bnn.layers import binary_layers
@@ -82,10 +82,12 @@ def test_non_inferiority_needs_the_whole_interval_above_the_margin():
 
 
 def test_the_first_last_and_downsampling_layers_stay_float():
-    model = binarize_(resnet(3, 16, relu=True), STE(), SKIP, "weights")
+    model = resnet(3, 16, relu=True)
+    binarize_(model, STE(), float_ends(model), "weights")
     assert len(binary_layers(model)) == 18  # of the 20 layers of ResNet-20
     assert sum(layer.weight.numel() for layer in binary_layers(model)) == 267_264
-    assert len(binary_layers(binarize_(plain_mlp(6, 16, 64), STE(), SKIP))) == 6
+    mlp = plain_mlp(6, 16, 64)
+    assert len(binary_layers(binarize_(mlp, STE(), float_ends(mlp)))) == 6
 
 
 def test_fashion_mnist_is_read_from_idx_files_gzipped_or_not(tmp_path: Path):

@@ -96,10 +96,10 @@ def test_the_packed_file_holds_bits_under_the_key_weight(tmp_path):
     assert isinstance(model.bert.encoder.layer[0].intermediate.dense, PackedLinear)
 
 
-def test_the_config_round_trips_and_the_automatic_skip_list_is_stored(tmp_path):
+def test_the_config_round_trips_and_the_automatic_exclude_list_is_stored(tmp_path):
     config = tiny_config(attention="binary", embeddings="binary", method={"name": "ste", "clip": 1.0})
     config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["skip"] == ["classifier", "cls.*", "qa_outputs"]
+    assert json.loads((tmp_path / "config.json").read_text())["exclude"] == ["classifier", "cls.*", "qa_outputs"]
     again = AutoConfig.from_pretrained(tmp_path)
     assert type(again) is BinaryBertConfig
     assert again.to_dict() == config.to_dict() | {"_name_or_path": str(tmp_path)}
@@ -111,11 +111,9 @@ def test_a_wrong_choice_is_refused_with_the_right_ones(field):
         tiny_config(**{field: "int3"})
 
 
-def test_a_skip_list_that_leaves_nothing_is_refused():
-    with pytest.raises(
-        ValueError, match=r"nothing to binarize: no layer outside skip=\('\*',\) is one of \['Linear', 'Conv2d'\]"
-    ):
-        tiny_model(skip=["*"])
+def test_an_exclude_list_that_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"no layer outside exclude=\['\*'\] is one of \['Linear', 'Conv2d'\]"):
+        tiny_model(exclude=["*"])
 
 
 def test_another_architecture_is_refused(tmp_path):

@@ -314,7 +314,7 @@ def test_padding_by_name_is_padding_by_number(kernel, padding: str, dilation, ex
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_padding_with_anything_but_zeros_is_refused(mode: str):
     conv = nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode)
-    message = rf"padding_mode='{mode}': a binary convolution pads with zeros; leave it float \(skip=...\)"
+    message = rf"padding_mode='{mode}': a binary convolution pads with zeros; leave it float \(exclude=...\)"
     with pytest.raises(ValueError, match=message):
         BinaryConv2d.from_float(conv)
 

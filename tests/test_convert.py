@@ -1,5 +1,7 @@
 """Float to binary to packed and back: which layers, in which order, and what is said when there are none."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tiny import make_net, optimizer_of, tiny_model, train_steps
@@ -7,11 +9,11 @@ from torch import Tensor, nn
 
 from hf_bnn import binarize_, calibrate_, install_method, pack_, unpack_
 from hf_bnn.attention import BinaryMatmul
-from hf_bnn.convert import drop_method, empty_packed_, matches, replace_modules, to_binary_
+from hf_bnn.convert import drop_method, empty_packed_, replace_modules, to_binary_
 from hf_bnn.layers import BinaryLinear, binary_layers
 from hf_bnn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.methods import Method, Part, Site, Surge
-from hf_bnn.packed import PackedLinear
+from hf_bnn.selection import choose_layers, matches
 
 
 def net() -> nn.Sequential:
@@ -76,7 +78,8 @@ def test_subclasses_of_linear_are_left_alone():
 
 def test_nothing_to_binarize_is_an_error_that_names_the_patterns():
     with pytest.raises(
-        ValueError, match=r"nothing to binarize: no layer outside skip=\('\*',\) is one of \['Linear', 'Conv2d'\]"
+        ValueError,
+        match=r"nothing to binarize in Sequential: no layer outside exclude=\['\*'\] is one of \['Linear', 'Conv2d'\]",
     ):
         binarize_(net(), skip=["*"])
     with pytest.raises(ValueError, match="nothing to binarize"):
@@ -89,7 +92,8 @@ def test_an_unknown_kind_of_binarization_is_an_error():
 
 
 def test_to_binary_leaves_the_slots_empty():
-    model = to_binary_(net())
+    model = net()
+    to_binary_(model, choose_layers(model, None, []))
     assert not [part for layer in binary_layers(model) for part in layer.parts()]
     with torch.no_grad():
         assert torch.equal(model.eval()(torch.ones(2, 6)), install_method(model)(torch.ones(2, 6)))
@@ -238,10 +242,14 @@ def test_unpacking_keeps_the_mode_and_the_kind_of_binarization():
     assert {(layer.binarize, layer.training) for layer in binary_layers(model)} == {("weights", False)}
 
 
-def test_packed_layers_are_not_binarized_again():
-    with pytest.raises(ValueError, match="nothing to binarize"):
-        binarize_(pack_(binarize_(net())))
-    assert isinstance(pack_(binarize_(net()))[0], PackedLinear)
+@pytest.mark.parametrize("binary", [lambda: binarize_(net()), lambda: pack_(binarize_(net())), tiny_model])
+def test_a_binary_model_is_not_binarized_again(binary: Callable[[], nn.Module]):
+    model = binary()
+    before = kinds(model)
+    message = rf"{type(model).__name__} is binary already: call hf_bnn.install_method\(model, method\) to change its"
+    with pytest.raises(ValueError, match=message):
+        binarize_(model)
+    assert kinds(model) == before
 
 
 def test_calibration_leaves_a_frozen_module_in_evaluation():

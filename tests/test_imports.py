@@ -17,21 +17,21 @@ from hf_bnn import pack_
 
 PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
-    {"functional", "integrity", "allocator", "activations"},
+    {"functional", "integrity", "allocator", "activations", "state_forms"},
     {"levels", "products", "methods", "embeddings", "kernels"},
     {"layers", "scalar_levels"},
-    {"packed", "attention"},
-    {"fused"},
+    {"packed", "attention", "direct_reads", "finite"},
+    {"fused", "fast_path", "execution", "selection"},
     {"convert", "summary"},
     {"training", "diagnostics", "distillation", "glue", "model_card", "checkpoints"},
-    {"models", "selection", "run_record", "precision", "batch_norm", "argument_checks", "jit_checkpoint"},
+    {"models", "run_record", "precision", "batch_norm", "argument_checks", "jit_checkpoint"},
     {"resumable_trainer"},
     {"checked_trainer"},
     {"quantizer", "trainer"},
     {"__init__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-MAY_IMPORT_TRANSFORMERS = {"models", "selection", "quantizer", "checked_trainer", "trainer"} | {
+MAY_IMPORT_TRANSFORMERS = {"models", "quantizer", "checked_trainer", "trainer"} | {
     "jit_checkpoint",
     "resumable_trainer",
     "run_record",

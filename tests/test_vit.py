@@ -194,7 +194,7 @@ def test_the_config_round_trips(tmp_path):
     config = BinaryViTConfig(**VIT_SIZE, attention="binary", ffn_levels="unsigned")
     config.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored["skip"] == ["*patch_embeddings*", "*pooler*", "classifier", "decoder*"]
+    assert stored["exclude"] == ["*patch_embeddings*", "*pooler*", "classifier", "decoder*"]
     assert stored["model_type"] == "hf_bnn_vit"
     assert AutoConfig.from_pretrained(tmp_path).to_dict() == config.to_dict() | {"_name_or_path": str(tmp_path)}
 

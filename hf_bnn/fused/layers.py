@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..kernels.operands import runs_directly
 from ..kernels.weights import PANEL, Conv2dWeight, LinearWeight, conv2d_signs, linear_signs, takes_panels
+from ..layers import one_image
 from ..packed import PackedConv2d, PackedLinear
 from .base import Fused, Planned
 
@@ -59,7 +60,11 @@ class _KernelLayer(Fused):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._buffers["weight"] = self.weight  # for as long as it takes to load into it
-        super()._load_from_state_dict(*args)
+        try:
+            super()._load_from_state_dict(*args)
+        except ValueError:
+            del self._buffers["weight"]
+            raise
 
 
 class KernelLinear(Planned, _KernelLayer, PackedLinear):
@@ -131,7 +136,7 @@ class KernelConv2d(Planned, _KernelLayer, PackedConv2d):
             return super().forward(x)
         if self.call is not None and x.dtype == torch.float32 and x.dim() == 4 and runs_directly(x):
             return self.call(x)[0]
-        return self.run_compiled(x)
+        return self.run_compiled(x) if x.dim() == 4 else self.run_compiled(one_image(x)).squeeze(0)
 
 
 class JointLinear(Planned, nn.Module):

@@ -145,7 +145,7 @@ class IRNet(Method):
         if self.libra and math.prod(site.weight_shape[1:]) == 1:
             raise ValueError(
                 f"a weight of shape {site.weight_shape} has one entry per output channel, which cannot be balanced: "
-                "leave the layer float (skip=...), or set libra=False"
+                "leave the layer float (exclude=...), or set libra=False"
             )
         return LibraSign(self) if self.libra else EDEWeightSign(self)
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME, logging
 
 from ..activations import RPReLU
-from ..convert import empty_packed_, install_method, matches, replace_modules, to_binary_
+from ..convert import empty_packed_, install_method, replace_modules, to_binary_
 from ..embeddings import BinaryEmbedding, Int8Embedding
+from ..finite import check_finite, tensors_to_check
 from ..functional import WEIGHT_SCALINGS
 from ..fused import optimize_
 from ..integrity import CorruptCheckpointError, file_digest
@@ -24,6 +25,8 @@ from ..layers import BINARIZE
 from ..levels import ElasticLevels, LearnedLevels, SignedLevels
 from ..packed import PACKED, is_packed
 from ..scalar_levels import levels_as_saved
+from ..selection import check_patterns, choose_layers, matches, pattern_list, unmatched
+from ..summary import composition
 from ..training import method_state_names
 from .checkpoint import AGAIN, CONFIG_DIGEST, check_padding, check_sizes, verify_structure, write_structure_digest
 from .loading import BUILDING_ERRORS, CheckedLoading, one_line, refuse_offloading
@@ -51,16 +54,22 @@ class BinaryConfigFields:
     also_reads: ClassVar[tuple[str, ...]] = ()  # the model_type of others whose weights it can take
 
     levels_choices: ClassVar[tuple[str, ...]] = ("elastic", "signed")
+    family_patterns: ClassVar[tuple[str, ...]] = ()  # of the family's own `exclude`: a head need not have all of them
 
     binarize: str = "both"  # both | weights | activations | none: a float model of the same structure
     levels: str = "elastic"  # of the binary layers' inputs: elastic | signed
     weight_scaling: str = "channel"  # one scale per output channel, per layer, or none: channel | layer | none
-    skip: list[str] | None = None  # patterns of the module names that stay float; None: the family's own
+    exclude: list[str] | None = None  # patterns of the modules that stay float; None: the family's own
     method: dict[str, Any] | None = None  # a record for the model card: the method that trained the weights
     weight_format: str = "float"  # what the checkpoint holds: float | latent | packed
     weights_sha256: dict[str, str] | None = None  # of the weight files beside this config, written when they are saved
 
     def __post_init__(self, **kwargs):
+        if (skip := kwargs.pop("skip", None)) is not None:  # as older configs call it
+            if self.exclude is not None:
+                raise ValueError(f"exclude={self.exclude!r} and skip={skip!r}: skip is an older name of exclude")
+            self.exclude = skip
+        self.exclude = pattern_list("exclude", self.exclude)
         super().__post_init__(**kwargs)
         self.model_type = type(self).model_type  # a float checkpoint's config brings its own
         check_choice("binarize", self.binarize, (*BINARIZE, "none"))
@@ -71,6 +80,15 @@ class BinaryConfigFields:
             raise ValueError(
                 "a packed checkpoint cannot be made float with binarize='none': load it, and hf_bnn.unpack_ it"
             )
+
+    @property
+    def skip(self) -> list[str] | None:
+        """An older name of `exclude`."""
+        return self.exclude
+
+    @skip.setter
+    def skip(self, patterns: list[str] | None) -> None:
+        self.exclude = patterns
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -117,12 +135,25 @@ class BinaryModelMixin(CheckedLoading):
         self.rewrite()
         if config.binarize == "none":
             return
-        to_binary_(self, config.skip, config.binarize, self.input_levels, config.weight_scaling)
+        to_binary_(self, self.chosen_layers(), config.binarize, self.input_levels, config.weight_scaling)
         if config.weight_format == "packed":
             empty_packed_(self)
         else:
             install_method(self)
             config.weight_format = "latent"
+
+    def chosen_layers(self) -> dict[nn.Module, str]:
+        """The layers that are to be binary, with their names. Raises ValueError for a pattern that matches nothing."""
+        config = self.config
+        patterns = config.exclude = pattern_list("exclude", config.exclude)
+        own = [pattern for pattern in patterns if pattern not in config.family_patterns]
+        if config.weight_format == "float":
+            check_patterns(self, "exclude", own)
+        elif lost := unmatched(self, own):  # of another head, perhaps
+            logger.warning(
+                f"the exclude patterns {lost} match no module of {type(self).__name__}: none stays float by them"
+            )
+        return choose_layers(self, None, patterns, check=False)
 
     @property
     def record(self) -> BinaryConfigFields:
@@ -177,8 +208,10 @@ class BinaryModelMixin(CheckedLoading):
             if not isinstance(error, CorruptCheckpointError) and not args:
                 cls.blame_the_file(str(pretrained_model_name_or_path), kwargs, error)
             raise
+        model = found[0] if isinstance(found, tuple) else found  # with the loading info, if that is asked for
+        if model.loaded_format == "float" and model.record.binarize != "none":
+            logger.warning(f"{type(model).__name__}: {composition(model)}")
         if optimize:
-            model = found[0] if isinstance(found, tuple) else found  # with the loading info, if that is asked for
             if not is_packed(model):
                 raise ValueError(
                     f"optimize=True, but {pretrained_model_name_or_path} holds {model.loaded_format} weights: load it "
@@ -251,6 +284,8 @@ class BinaryModelMixin(CheckedLoading):
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
         for name in method_state_names(self):
             state_dict.pop(name, None)
+        checked = {key: state_dict.get(key) for key in tensors_to_check(self)}
+        check_finite(f"save {type(self).__name__}", checked)
         record = self.record
         latent = "float" if record.binarize == "none" else "latent"
         record.weight_format = "packed" if is_packed(self) else latent

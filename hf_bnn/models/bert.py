@@ -1,6 +1,6 @@
 """Binary BERT: config, recipe (what is binarized, on which levels) and model classes."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,9 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertSelfAttention
 
-from ..convert import matches
 from ..embeddings import RoundedEmbedding
 from ..functional import straight_through
+from ..selection import covered
 from .base import EMBEDDINGS, check_choice
 from .transformer import BinaryTransformerMixin, TransformerConfigFields
 
@@ -38,22 +38,23 @@ class BinaryBertConfig(TransformerConfigFields, BertConfig):
       is binary as well and the pooler is among the binary layers, as in BiT: only then a BERT-base fits 14 MiB.
     - `levels`: "elastic" (learned scale and threshold) or "signed" ({-1, 1}); `ffn_levels`, of the second FFN layer's
       input, which follows GELU: "elastic" ({0, a}, learned) or "unsigned" ({0, 1}).
-    - `skip`: shell-style patterns of modules that stay float; None is resolved once and stored.
+    - `exclude`: shell-style patterns of modules that stay float; None is resolved once and stored.
 
-    >>> BinaryBertConfig(embeddings="binary").skip
+    >>> BinaryBertConfig(embeddings="binary").exclude
     ['classifier', 'cls.*', 'qa_outputs']
     """
 
     model_type = "hf_bnn_bert"
     float_model_type = "bert"
+    family_patterns: ClassVar[tuple[str, ...]] = HEADS + POOLER
 
     embeddings: str = "int8"
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
         check_choice("embeddings", self.embeddings, tuple(EMBEDDINGS))
-        if self.skip is None:
-            self.skip = list(HEADS if self.embeddings == "binary" else HEADS + POOLER)
+        if self.exclude is None:
+            self.exclude = list(HEADS if self.embeddings == "binary" else HEADS + POOLER)
 
 
 class BinaryBertMixin(BinaryTransformerMixin):
@@ -83,9 +84,9 @@ class BinaryBertMixin(BinaryTransformerMixin):
             head.decoder = RoundedDecoder(self.bert.embeddings, head.decoder.bias)
             del self.all_tied_weights_keys[f"{DECODER}.weight"]
             self._tied_weights_keys = dict(self.all_tied_weights_keys)
-        elif not matches(DECODER, self.config.skip):
+        elif not covered(DECODER, self.config.exclude, self.base_model_prefix):
             raise ValueError(
-                f"skip={self.config.skip} makes {DECODER!r} binary, but it is tied to float word embeddings: "
+                f"exclude={self.config.exclude} makes {DECODER!r} binary, but it is tied to float word embeddings: "
                 "add 'cls.*', or untie them with tie_word_embeddings=False"
             )
 

@@ -35,15 +35,16 @@ class BinaryResNetConfig(BinaryConfigFields, ResNetConfig):
     - `levels`: "signed" ({-1, 1}), "rsign" (a learned threshold per channel, ReActNet) or "elastic".
     - `block_activation`, after each shortcut of a Bi-Real block: "none" or "rprelu" (ReActNet). Residual blocks
       keep transformers' ReLU.
-    - `skip`: shell-style patterns of modules that stay float; None is resolved once and stored.
+    - `exclude`: shell-style patterns of modules that stay float; None is resolved once and stored.
 
-    >>> BinaryResNetConfig(stem="cifar").skip
+    >>> BinaryResNetConfig(stem="cifar").exclude
     ['*embedder.embedder*', '*.shortcut.*', 'classifier*']
     """
 
     model_type = "hf_bnn_resnet"
     float_model_type = "resnet"
     levels_choices: ClassVar[tuple[str, ...]] = ("signed", "rsign", "elastic")
+    family_patterns: ClassVar[tuple[str, ...]] = (STEM, SHORTCUTS, CLASSIFIER)
 
     levels: str = "signed"
     stem: str = "imagenet"
@@ -67,8 +68,8 @@ class BinaryResNetConfig(BinaryConfigFields, ResNetConfig):
                 f"block='bireal' with binarize={self.binarize!r} and block_activation='none': without signs and "
                 "without activations the network would be linear; use block_activation='rprelu' or block='residual'"
             )
-        if self.skip is None:
-            self.skip = [STEM, SHORTCUTS, CLASSIFIER]
+        if self.exclude is None:
+            self.exclude = [STEM, SHORTCUTS, CLASSIFIER]
 
     @property
     def binary_inputs(self) -> bool:

@@ -15,7 +15,7 @@ from .transformer import BinaryTransformerMixin, TransformerConfigFields
 
 logger = logging.get_logger(__name__)
 
-SKIP = ("*patch_embeddings*", "*pooler*", "classifier", "decoder*")
+EXCLUDE = ("*patch_embeddings*", "*pooler*", "classifier", "decoder*")
 
 
 class BinaryViTConfig(TransformerConfigFields, ViTConfig):
@@ -26,20 +26,21 @@ class BinaryViTConfig(TransformerConfigFields, ViTConfig):
       between them, a token is attended to or not (BiBERT).
     - `levels`: "elastic" (learned scale and threshold) or "signed" ({-1, 1}); `ffn_levels`, of the second FFN layer's
       input, which follows GELU: "elastic" ({0, a}, learned) or "unsigned" ({0, 1}).
-    - `skip`: shell-style patterns of modules that stay float; None is resolved once and stored.
+    - `exclude`: shell-style patterns of modules that stay float; None is resolved once and stored.
 
-    >>> BinaryViTConfig(image_size=32, patch_size=4).skip
+    >>> BinaryViTConfig(image_size=32, patch_size=4).exclude
     ['*patch_embeddings*', '*pooler*', 'classifier', 'decoder*']
     """
 
     model_type = "hf_bnn_vit"
     float_model_type = "vit"
     also_reads: ClassVar[tuple[str, ...]] = ("deit",)
+    family_patterns: ClassVar[tuple[str, ...]] = EXCLUDE
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        if self.skip is None:
-            self.skip = list(SKIP)
+        if self.exclude is None:
+            self.exclude = list(EXCLUDE)
 
 
 class BinaryViTMixin(BinaryTransformerMixin):
