@@ -12,10 +12,10 @@ from torch import nn
 from transformers.core_model_loading import WeightTransform
 from transformers.utils import CONFIG_NAME, cached_file
 
-from ..convert import matches
 from ..integrity import CorruptCheckpointError
 from ..levels import OFFLOADED_LEVELS, LearnedLevels
 from ..packed import PACKED
+from ..selection import matches
 from .checkpoint import (
     AGAIN,
     Entry,
