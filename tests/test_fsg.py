@@ -942,3 +942,17 @@ def test_a_binarized_net_recovers_no_worse_than_with_the_straight_through_estima
             found[method.name].append(digits.fit(model, optimizer, 80))
     assert min(found["fsg"]) > 0.8
     assert sum(found["fsg"]) / 2 > sum(found["ste"]) / 2 - 0.03
+
+
+def test_the_nets_gradients_are_the_mean_over_the_ranks(monkeypatch: pytest.MonkeyPatch):
+    ranks = [[torch.randn(3, 2), torch.randn(5)] for _ in range(4)]
+    others = sum(torch.cat([g.flatten() for g in rank]) for rank in ranks[1:])
+    monkeypatch.setattr(gradient_hook.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(gradient_hook.dist, "get_world_size", lambda: len(ranks))
+    monkeypatch.setattr(gradient_hook.dist, "all_reduce", lambda joined: joined.add_(others))
+    parameters = [nn.Parameter(torch.zeros_like(g)) for g in ranks[0]]
+    for parameter, gradient in zip(parameters, ranks[0], strict=True):
+        parameter.grad = gradient.clone()
+    gradient_hook._average_gradients(parameters)
+    for i, parameter in enumerate(parameters):
+        torch.testing.assert_close(parameter.grad, torch.stack([rank[i] for rank in ranks]).mean(0))

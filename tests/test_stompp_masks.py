@@ -1,0 +1,23 @@
+"""StoMPP's masks: each operand has one of its own."""
+
+import torch
+from torch import nn
+
+from hf_bnn import binarize_
+from hf_bnn.attention import BinaryMatmul
+from hf_bnn.layers import binary_layers
+from hf_bnn.levels import SignedLevels
+from hf_bnn.methods import Step, Stompp
+from hf_bnn.methods.stompp import MaskedSign
+from hf_bnn.training import begin_step
+
+
+def test_the_operands_of_a_product_and_of_a_layer_freeze_by_masks_of_their_own():
+    product, layer = BinaryMatmul(SignedLevels(), SignedLevels()), nn.Linear(64, 1)
+    model = binarize_(nn.Sequential(layer, product), Stompp(order="global", refresh=0))
+    begin_step(model, Step(60, 200, 0.1))
+    for one in binary_layers(model):
+        first, second = (part.mask.flatten() for _, part in one.parts() if isinstance(part, MaskedSign))
+        assert first.shape == second.shape == (64,)
+        assert 0 < first.sum() < 64
+        assert not torch.equal(first, second)
