@@ -1,5 +1,6 @@
 """IR-Net, ReSTE, XNOR-Net and DoReFa-Net against their papers' formulas, restated entry by entry or by autograd."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -270,7 +271,17 @@ def test_ir_net_trains_beside_surge():
 
 
 def paper_o(progress: float, end: float = 3.0) -> float:
-    return 1 + (end - 1) * progress
+    """A quarter of a cosine, upside down: slow at first, as in the authors' code."""
+    return end - (end - 1) * math.cos(progress * math.pi / 2)
+
+
+def test_the_order_grows_from_1_to_its_end_and_slowly_at_first():
+    orders = [ReSTE(o_end=3.0).order(step / 100) for step in range(101)]
+    assert (orders[0], orders[100]) == (1.0, pytest.approx(3.0))
+    assert orders[50] == pytest.approx(3 - 2**0.5)
+    steps = [later - earlier for earlier, later in itertools.pairwise(orders)]
+    assert steps == sorted(steps)
+    assert steps[0] > 0
 
 
 def reste(x: float, o: float, t: float = 1.5, m: float = 0.1) -> float:
@@ -299,9 +310,18 @@ def test_the_gradient_of_weights_is_the_same_at_weights_over_their_deviation(sha
     assert gradient(part, weight, G).flatten().tolist() == pytest.approx(expected, rel=1e-6)
 
 
+@every_progress
+def test_weights_that_are_not_standardized_have_the_gradient_of_inputs(progress: float):
+    weight, G = doubles(8, 12)
+    part = at(progress, ReSTE(standardize=False).weight_binarizer(site_of((8, 12))))
+    values = zip(weight.flatten().tolist(), G.flatten().tolist(), strict=True)
+    expected = [g * reste(w, paper_o(progress)) for w, g in values]
+    assert gradient(part, weight, G).flatten().tolist() == pytest.approx(expected, rel=1e-6)
+
+
 def test_between_its_bounds_the_gradient_is_that_of_the_power_function():
     x = torch.tensor([-1.4, -0.3, 0.11, 0.7, 1.49], dtype=torch.float64)
-    part = at(0.5, ReSTE(o_end=5.0).input_binarizer(site_of((8, 12)), (12,)))
+    part = at(1.0, ReSTE(o_end=3.0).input_binarizer(site_of((8, 12)), (12,)))
     expected = gradient(lambda x: x.sign() * x.abs() ** (1 / 3), x, torch.ones_like(x))
     torch.testing.assert_close(gradient(part, x, torch.ones_like(x)), expected, rtol=1e-6, atol=0)
 

@@ -17,6 +17,7 @@ from hf_bnn.methods import (
     ApproxSign,
     Combined,
     DoReFa,
+    Fsg,
     IRNet,
     Method,
     ReSTE,
@@ -32,7 +33,7 @@ from hf_bnn.methods.surge import AuxiliaryBranch
 from hf_bnn.methods.unscaled_sign import UnscaledSign
 
 SITE = Site(0, 1, (8, 12))
-THREE = make_method("dorefa+approx_sign+surge", "surge.clip=2,surge.eta=0.3")
+THREE = make_method("dorefa+approx_sign+surge", "clip=2,surge.eta=0.3")
 
 
 # Who fills which slot
@@ -49,17 +50,15 @@ def test_each_slot_is_filled_by_the_method_that_claims_it():
 
 
 def test_what_nobody_claims_comes_from_the_first():
-    part = (DoReFa(clip=0.5) + Surge(clip=2.0)).input_binarizer(SITE, (12,))
+    part = (DoReFa(clip=0.5) + Surge(clip=0.5)).input_binarizer(SITE, (12,))
     assert (type(part), part.clip) == (ClippedSign, 0.5)
-    part = (Surge(clip=2.0) + DoReFa(clip=0.5)).input_binarizer(SITE, (12,))
-    assert (type(part), part.clip) == (ClippedSign, 2.0)
     assert type((ApproxSign() + Surge()).weight_binarizer(SITE)) is IdentitySign
     assert type((ApproxSign() + DoReFa()).around(SITE, BinaryLinear(12, 8))) is Direct
 
 
 def test_the_plain_estimator_claims_nothing_and_may_stand_anywhere():
     assert STE().claims() == frozenset()
-    part = (STE(clip=3.0) + Surge()).input_binarizer(SITE, (12,))
+    part = (STE(clip=3.0) + Surge(clip=3.0)).input_binarizer(SITE, (12,))
     assert part.clip == 3.0
     assert (Surge() + STE()).claims() == Surge().claims()
 
@@ -116,6 +115,15 @@ def test_sums_of_sums_are_sums():
         ((IRNet(libra=False), DoReFa()), "methods 'ir_net' and 'dorefa' cannot be combined: both define the weight_bi"),
         ((Surge(), ApproxSign(), Surge(eta=1.0)), r"method 'surge' is named twice in 'surge\+approx_sign\+surge'"),
         ((STE(), STE()), r"method 'ste' is named twice in 'ste\+ste'"),
+        (
+            (ApproxSign(clip=3.0), Surge(clip=2.0)),
+            r"the methods of 'approx_sign\+surge' must agree on the clip bound of the inputs, but have "
+            r"approx_sign.clip=3.0, surge.clip=2.0: give all the same \(method_args: clip=..., without a method's name",
+        ),
+        (
+            (ReSTE(), Surge(clip=2.0)),
+            "must agree on the clip bound of the inputs, but have reste.clip=1.0, surge.clip=2",
+        ),
         ((Surge(),), "a sum needs at least two methods, got 1"),
         ((), "a sum needs at least two methods, got 0"),
     ],
@@ -134,8 +142,10 @@ def test_a_sum_that_makes_no_sense_is_an_error_that_says_why(methods: tuple[Meth
         ("approx_sign+surge", None, ApproxSign() + Surge()),
         ("approx_sign+surge", "surge.eta=0.3", ApproxSign() + Surge(eta=0.3)),
         ("approx_sign+surge", "eta=0.3,aux=shared", ApproxSign() + Surge(eta=0.3, aux="shared")),
-        ("surge + approx_sign", " surge.clip = 2 , approx_sign.clip = 3 ", Surge(clip=2.0) + ApproxSign(clip=3.0)),
-        ("dorefa+approx_sign+surge", "surge.clip=2,surge.eta=0.3", THREE),
+        ("surge + approx_sign", " surge.clip = 2 , approx_sign.clip = 2 ", Surge(clip=2.0) + ApproxSign(clip=2.0)),
+        ("stompp+surge", "clip=2,order=reverse", Stompp(clip=2.0, order="reverse") + Surge(clip=2.0)),
+        ("stompp+fsg", "on=activations,stompp.seed=1", Stompp(on="activations", seed=1) + Fsg()),
+        ("dorefa+approx_sign+surge", "clip=2,surge.eta=0.3", THREE),
         ("surge", "surge.eta=0.3", Surge(eta=0.3)),
         ("surge+ir_net", "t_max=5,ir_net.libra=false", Surge() + IRNet(t_max=5.0, libra=False)),
     ],
@@ -148,10 +158,21 @@ def test_a_sum_is_read_from_the_command_line(name: str, arguments: str | None, e
     ("name", "arguments", "message"),
     [
         (
-            "approx_sign+surge",
-            "clip=2",
-            "method_args has 'clip', which several of the methods have: write approx_sign.clip or surge.clip$",
+            "stompp+fsg",
+            "on=activations,seed=1",
+            "method_args has 'seed', which several of the methods have: write stompp.seed or fsg.seed$",
         ),
+        (
+            "stompp+surge",
+            "stompp.clip=4",
+            "must agree on the clip bound of the inputs, but have stompp.clip=4.0, surge.c",
+        ),
+        (
+            "approx_sign+surge",
+            "clip=2,surge.clip=3",
+            "argument 'clip' of method 'surge' is given twice: once is enough",
+        ),
+        ("reste+surge", "clip=2", "clip=2.0: expected 1, because ReSTE's bound is its threshold"),
         (
             "approx_sign+surge",
             "dorefa.clip=2",
@@ -170,6 +191,17 @@ def test_a_sum_is_read_from_the_command_line(name: str, arguments: str | None, e
 def test_a_bad_sum_on_the_command_line_is_an_error_that_names_the_way_out(name: str, arguments, message: str):
     with pytest.raises(ValueError, match=message):
         make_method(name, arguments)
+
+
+def test_a_sum_takes_keywords_too():
+    assert make_method("stompp+surge", "eta=0.3", clip=2, order="reverse") == Stompp(clip=2.0, order="reverse") + Surge(
+        clip=2.0, eta=0.3
+    )
+
+
+def test_the_clip_bound_of_a_sum_is_that_of_its_methods():
+    assert (Stompp(clip=2.0) + Surge(clip=2.0)).clip == 2.0
+    assert THREE.clip == 2.0
 
 
 def test_a_sum_is_written_as_the_list_of_its_methods():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import EVERY_METHOD, NETS, make_net, method_id, optimizer_of, train_steps
 
-from hf_bnn import pack_
+from hf_bnn import pack_, summary
 from hf_bnn.layers import binary_layers
 from hf_bnn.methods import METHODS, STE, Method, method_from_dict
 from hf_bnn.training import load_method_state, method_state, method_state_names, parameter_roles
@@ -62,6 +62,14 @@ def test_packed_keys_are_the_same_for_every_method(method: Method, kind: str):
     expected = pack_(make_net(kind, STE()).model).state_dict()
     assert list(packed) == list(expected)
     assert all(packed[key].dtype == expected[key].dtype for key in packed)
+
+
+@every_net
+@every_method
+def test_a_summary_counts_the_models_weights_and_not_the_methods(method: Method, kind: str):
+    counted = summary(make_net(kind, method).model)
+    assert counted == summary(make_net(kind, STE()).model)
+    assert counted == summary(pack_(make_net(kind, method).model))
 
 
 @every_net

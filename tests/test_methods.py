@@ -83,12 +83,12 @@ class Switched(Method):
     ("text", "expected"), [("true", True), ("1", True), ("Yes", True), ("false", False), ("0", False)]
 )
 def test_a_switch_is_read_as_a_switch(text: str, expected: bool):
-    assert Switched.from_strings({"on": text}).on is expected
+    assert Switched.from_arguments({"on": text}).on is expected
 
 
 def test_what_is_neither_true_nor_false_is_an_error():
     with pytest.raises(ValueError, match="argument on='maybe' of method 'ste': expected true or false"):
-        Switched.from_strings({"on": "maybe"})
+        Switched.from_arguments({"on": "maybe"})
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,46 @@ def test_what_is_neither_true_nor_false_is_an_error():
 def test_a_bad_method_is_an_error_that_names_what_is_known(name: str, arguments: str | None, message: str):
     with pytest.raises(ValueError, match=message):
         make_method(name, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "expected"),
+    [
+        (None, {"eta": 0.2}, Surge(eta=0.2)),
+        (None, {"eta": 1, "aux": "lowrank", "rank": 8}, Surge(eta=1.0, aux="lowrank", rank=8)),
+        ("aux=leaky", {"eta": 0.2}, Surge(eta=0.2, aux="leaky")),
+        (None, {"eta": "0.2"}, Surge(eta=0.2)),  # text is read as on the command line
+    ],
+)
+def test_a_method_takes_its_arguments_as_keywords(arguments: str | None, keywords: dict, expected: Method):
+    found = make_method("surge", arguments, **keywords)
+    assert found == expected
+    assert type(found.eta) is float
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "message"),
+    [
+        (None, {"etta": 1}, "unknown argument 'etta' of method 'surge'; known arguments: clip, eta, aux, rank"),
+        (None, {"eta": None}, "argument eta=None of method 'surge': expected float"),
+        (None, {"eta": True}, "argument eta=True of method 'surge': expected float"),
+        (None, {"rank": 2.5}, "argument rank=2.5 of method 'surge': expected int"),
+        (None, {"aux": 3}, "argument aux=3 of method 'surge': expected str"),
+        (None, {"eta": -1}, "eta=-1.0: expected a number >= 0"),
+        ("eta=0.1", {"eta": 0.2}, "argument 'eta' of method 'surge' is given twice: once is enough"),
+        ("eta=0.1,eta=0.2", {}, "argument 'eta' of method 'surge' is given twice: once is enough"),
+    ],
+)
+def test_a_bad_keyword_is_an_error_that_names_it(arguments: str | None, keywords: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        make_method("surge", arguments, **keywords)
+
+
+def test_arguments_that_are_no_text_are_refused_with_the_way_out():
+    with pytest.raises(
+        TypeError, match=r"arguments={'eta': 0.1}: expected text such as .*make_method\('surge', eta=0.1"
+    ):
+        make_method("surge", {"eta": 0.1})
 
 
 def test_a_bad_dict_is_an_error_that_names_what_is_known():

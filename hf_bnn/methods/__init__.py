@@ -1,5 +1,6 @@
 """The table of methods, and how a method is read from a dict or from the command line."""
 
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -67,25 +68,39 @@ def method_from_dict(spec: dict[str, Any]) -> Method:
     return cls(**arguments)
 
 
-def make_method(name: str, arguments: str | None = None) -> Method:
-    """The method called `name` with arguments as on the command line: `make_method("surge", "eta=0.1,aux=shared")`.
+def make_method(name: str, arguments: str | None = None, **keywords: Any) -> Method:
+    """The method called `name`, with its arguments as keywords, `make_method("surge", eta=0.1, aux="shared")`, or as on
+    the command line, `make_method("surge", "eta=0.1,aux=shared")`.
 
-    A sum of methods is joined by +. An argument that several of them have is then written with the method's name:
-    `make_method("stompp+surge", "order=reverse,surge.clip=2")`.
+    A sum of methods is joined by +. `clip` is then the bound of all of them. Another argument that several of them have
+    is written with the method's name: `make_method("stompp+fsg", "on=activations,stompp.seed=1")`.
     """
     classes = [_lookup(part) for part in name.replace(" ", "").split("+")]
-    pairs: dict[type[Method], dict[str, str]] = {cls: {} for cls in classes}
+    given: dict[type[Method], dict[str, Any]] = {cls: {} for cls in classes}
+    for key, value in [*_pairs(arguments), *keywords.items()]:
+        found, plain = _addressees(classes, key)
+        for cls in found:
+            if plain in given[cls]:
+                raise ValueError(f"argument {plain!r} of method {cls.name!r} is given twice: once is enough")
+            given[cls][plain] = value
+    methods = tuple(cls.from_arguments(given[cls]) for cls in classes)
+    return methods[0] if len(methods) == 1 else Combined(methods=methods)
+
+
+def _pairs(arguments: str | None) -> Iterator[tuple[str, str]]:
+    if not isinstance(arguments, str | None):
+        raise TypeError(
+            f"arguments={arguments!r}: expected text such as 'eta=0.1,aux=shared'; values are given as keywords, "
+            "make_method('surge', eta=0.1), or with hf_bnn.methods.method_from_dict"
+        )
     for item in filter(None, (arguments or "").replace(" ", "").split(",")):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"method_args has {item!r}: expected key=value pairs separated by commas")
-        cls, key = _addressee(classes, key)
-        pairs[cls][key] = value
-    methods = tuple(cls.from_strings(pairs[cls]) for cls in classes)
-    return methods[0] if len(methods) == 1 else Combined(methods=methods)
+        yield key, value
 
 
-def _addressee(classes: list[type[Method]], key: str) -> tuple[type[Method], str]:
+def _addressees(classes: list[type[Method]], key: str) -> tuple[list[type[Method]], str]:
     """Which of the methods an argument is for, and its name there."""
     prefix, dot, plain = key.rpartition(".")
     if dot:
@@ -93,9 +108,11 @@ def _addressee(classes: list[type[Method]], key: str) -> tuple[type[Method], str
         if not named:
             names = ", ".join(cls.name for cls in classes)
             raise ValueError(f"method_args has {key!r}: expected the name of one of {names} before the dot")
-        return named[0], plain
+        return named, plain
+    if plain == "clip":  # one bound of the inputs, whoever estimates their gradient: see Combined
+        return list(dict.fromkeys(classes)), plain
     knowing = [cls for cls in classes if plain in {field.name for field in fields(cls)}]
     if len(knowing) > 1:
         ways = " or ".join(f"{cls.name}.{plain}" for cls in knowing)
         raise ValueError(f"method_args has {plain!r}, which several of the methods have: write {ways}")
-    return (knowing or classes)[0], plain
+    return (knowing or classes)[:1], plain

@@ -145,19 +145,28 @@ class Method:
         return {"name": self.name, **asdict(self)}
 
     @classmethod
-    def from_strings(cls, arguments: dict[str, str]) -> "Method":
-        """From command-line text, each value read as its field's type."""
+    def from_arguments(cls, arguments: dict[str, Any]) -> "Method":
+        """From values, or from command-line text, which is read as its field's type."""
         known = {field.name: field for field in fields(cls)}
         for key in arguments:
             if key not in known:
                 raise ValueError(
                     f"unknown argument {key!r} of method {cls.name!r}; known arguments: {', '.join(known)}"
                 )
-        return cls(**{key: _read(cls.name, key, text, known[key].default) for key, text in arguments.items()})
+        return cls(**{key: _read(cls.name, key, value, known[key].default) for key, value in arguments.items()})
 
 
-def _read(method: str, key: str, text: str, default: Any) -> Any:
+def _read(method: str, key: str, value: Any, default: Any) -> Any:
     kind = type(default)
+    if isinstance(value, str):
+        return _read_text(method, key, value, kind)
+    fits = isinstance(value, int | float if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"argument {key}={value!r} of method {method!r}: expected {kind.__name__}")
+    return kind(value)
+
+
+def _read_text(method: str, key: str, text: str, kind: type) -> Any:
     if kind is bool:
         if text.lower() in ("true", "1", "yes"):
             return True

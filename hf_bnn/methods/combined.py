@@ -14,7 +14,8 @@ from .base import SLOTS, Method, Part, Site
 class Combined(Method):
     """A sum of methods, `Stompp() + Surge()`: each slot comes from the one that claims it, else from the first one.
 
-    Raises ValueError if two claim the same slot, or if one is named twice.
+    `clip`, the bound of the inputs, is the same in all of them: only one estimates the inputs' gradient, and another
+    bound would be ignored. Raises ValueError if it is not, if two claim the same slot, or if one is named twice.
 
     >>> from hf_bnn.methods import ApproxSign, Surge
     >>> (ApproxSign() + Surge(aux="shared")).name
@@ -40,6 +41,15 @@ class Combined(Method):
                     f"methods {rivals[0]!r} and {rivals[1]!r} cannot be combined: both define the {slot}. "
                     "Leave one of them out, or set it (method_args) to work elsewhere"
                 )
+
+        bounds = {method.name: method.clip for method in flat}
+        if len(set(bounds.values())) > 1:
+            found = ", ".join(f"{name}.clip={clip}" for name, clip in bounds.items())
+            raise ValueError(
+                f"the methods of {self.name!r} must agree on the clip bound of the inputs, but have {found}: give all "
+                "the same (method_args: clip=..., without a method's name)"
+            )
+        object.__setattr__(self, "clip", flat[0].clip)
 
     @property
     def name(self) -> str:

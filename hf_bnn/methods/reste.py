@@ -1,5 +1,6 @@
 """ReSTE: a power function between the identity and the sign, as training goes on (arXiv 2308.06689)."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,14 +58,19 @@ class ReSTEWeightSign(ReSTESign):
 class ReSTE(Method):
     """ReSTE (arXiv 2308.06689): f(x) = sign(x) |x|^(1/o), f'(x) = (1/o) |x|^((1 - o)/o), for inputs and weights.
 
-    o grows linearly over training, from 1, the straight-through estimator, to `o_end`. The gradient is 0 where |x| >
-    `threshold`; where |x| <= `interval` = m it is the difference quotient f(m) / m, because f' has a pole at 0.
-    Weights are taken in units of their output channel's standard deviation (the paper standardizes its weights; those
-    of a pretrained transformer are about 0.03): the gradient is f'(w / std), the unit itself a constant and no factor.
+    o grows over training from 1, the straight-through estimator, to `o_end`: o = 1 + (o_end - 1) (1 - cos(pi p / 2)) at
+    the share p of the steps, the schedule of the authors' code (github.com/DravenALG/ReSTE). The gradient is 0 where
+    |x| > `threshold`; where |x| <= `interval` = m it is the difference quotient f(m) / m, because f' has a pole at 0.
     `threshold` is the bound of inputs: `clip` stays 1.
 
+    Deviations. `standardize`: weights are taken in units of their output channel's standard deviation, in the gradient
+    only: f'(w / std), the unit a constant and no factor. The authors' code takes them as they are (False); those of a
+    pretrained transformer, about 0.03, would then all be within `interval`, where f' is one number. In that code o
+    grows by the epoch, here by the step; a layer has one scale (here with `weight_scaling="layer"`), which a gradient
+    flows through (here not).
+
     >>> ReSTE(o_end=2.0).to_dict()
-    {'name': 'reste', 'clip': 1.0, 'o_end': 2.0, 'threshold': 1.5, 'interval': 0.1}
+    {'name': 'reste', 'clip': 1.0, 'o_end': 2.0, 'threshold': 1.5, 'interval': 0.1, 'standardize': True}
     """
 
     name: ClassVar[str] = "reste"
@@ -75,6 +81,7 @@ class ReSTE(Method):
     o_end: float = 3.0
     threshold: float = 1.5
     interval: float = 0.1
+    standardize: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,10 +96,10 @@ class ReSTE(Method):
 
     def order(self, progress: float) -> float:
         """o at `progress`, a fraction of training, 0 to 1."""
-        return 1 + (self.o_end - 1) * min(progress, 1.0)
+        return 1 + (self.o_end - 1) * (1 - math.cos(math.pi / 2 * min(progress, 1.0)))
 
     def weight_binarizer(self, site: Site) -> Part:
-        return ReSTEWeightSign(self)
+        return ReSTEWeightSign(self) if self.standardize else ReSTESign(self)
 
     def input_binarizer(self, site: Site, shape: tuple[int, ...]) -> Part:
         return ReSTESign(self)
