@@ -18,11 +18,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .convert import empty_packed_, install_method, to_binary_
 from .functional import WEIGHT_SCALINGS
+from .integrity import CorruptCheckpointError
 from .layers import BINARIZE, binary_layers
 from .levels import ElasticLevels, SignedLevels, UnsignedLevels
 from .models.base import BinaryModelMixin, check_choice
-from .models.checkpoint import CONFIG_DIGEST, check_sizes
-from .models.loading import refuse_offloading
+from .models.checkpoint import AGAIN, CONFIG_DIGEST, check_sizes
+from .models.loading import one_line, refuse_offloading
 from .packed import is_packed
 from .selection import candidates, check_patterns, choose_layers, covered, default_exclude, head_layers
 
@@ -76,6 +77,7 @@ class BinaryConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
         # It stands for a file, not for an object: what is made of the object may well differ.
+        saved = CONFIG_DIGEST in config_dict
         config_dict = {key: value for key, value in config_dict.items() if key != CONFIG_DIGEST}
         known = list(inspect.signature(cls).parameters)
         if unknown := sorted(config_dict.keys() - set(known)):
@@ -83,7 +85,13 @@ class BinaryConfig(QuantizationConfigMixin):
                 f"quantization_config has the unknown keys {unknown}: this hf_bnn knows {known}. "
                 "Upgrade hf_bnn if a newer one wrote them, or take them out"
             )
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        try:
+            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        except (TypeError, ValueError) as error:
+            if not saved:
+                raise
+            message = f"the quantization_config of config.json is not one of hf_bnn: {one_line(error)}; {AGAIN}"
+            raise CorruptCheckpointError(message) from error
 
     def apply_(self, model: PreTrainedModel) -> PreTrainedModel:
         """Make a float model that is in memory binary, in place, as from_pretrained does with one that it loads.
@@ -122,7 +130,8 @@ class BinaryConfig(QuantizationConfigMixin):
 
 
 def _patterns(field: str, patterns: list[str] | tuple[str, ...] | None) -> list[str] | None:
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
+    several = patterns is None or isinstance(patterns, list | tuple)
+    if not several or not all(isinstance(pattern, str) for pattern in patterns or ()):
         raise ValueError(f"{field}={patterns!r}: expected a list of patterns, as in {field}=['lm_head', '*.pooler']")
     return None if patterns is None else list(patterns)
 

@@ -24,12 +24,12 @@ FLOORS = [
     {"fused"},
     {"convert", "summary"},
     {"training", "diagnostics", "distillation", "glue", "model_card"},
-    {"models", "selection", "checked_trainer"},
+    {"models", "selection", "checked_trainer", "uploads"},
     {"quantizer", "trainer"},
     {"__init__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-MAY_IMPORT_TRANSFORMERS = {"models", "selection", "quantizer", "checked_trainer", "trainer"}
+MAY_IMPORT_TRANSFORMERS = {"models", "selection", "quantizer", "checked_trainer", "trainer", "uploads"}
 
 
 class Import(NamedTuple):

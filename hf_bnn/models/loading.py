@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.core_model_loading import WeightTransform
 from transformers.utils import CONFIG_NAME, cached_file
 
@@ -63,6 +64,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+def same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two shapes are equal, or of single numbers: older files hold learned levels as scalars."""
+    return tuple(one) == tuple(other) or {tuple(one), tuple(other)} <= {(), (1,)}
+
+
 def refuse_offloading(model: nn.Module, device_map: dict[str, Any] | None) -> None:
     """Raise ValueError for a device_map that would offload learned levels, which are read, but never called."""
     places = {str(place) for place in (device_map or {}).values()}
@@ -91,8 +97,7 @@ class CheckedLoading:
             return
         verify_structure(source, path)
         own = {key for key, value in arguments.items() if value is not None and key not in WHERE}
-        config = arguments.get("config")
-        if own or (config is not None and _differs(config, cls.config_class.from_dict(source))):
+        if own or _differs(arguments.get("config"), cls.config_class, source):
             return
         raise CorruptCheckpointError(
             f"{name} cannot be loaded as a {cls.__name__}: {one_line(error)}; {AGAIN}"
@@ -143,7 +148,7 @@ class CheckedLoading:
         lost += [
             key
             for key, entry in found.items()
-            if entry is not None and entry.shape != own[key].shape and self.in_encoder(key)
+            if entry is not None and not same_shape(entry.shape, own[key].shape) and self.in_encoder(key)
         ]
         self.refuse_lost(lost)
         surplus = sorted(key for key in elsewhere if not self.may_have(key))
@@ -207,6 +212,11 @@ class CheckedLoading:
         return any(saved.get(field, record.get(field)) != record.get(field) for field in RESTRUCTURING)
 
 
-def _differs(one, other) -> bool:
-    """Whether two configs are of different models."""
-    return structure_digest(one.to_dict()) != structure_digest(other.to_dict())
+def _differs(config: PreTrainedConfig | None, cls: type[PreTrainedConfig], source: dict[str, Any]) -> bool:
+    """Whether a caller's config is of another model than what a config.json says."""
+    if config is None:
+        return False
+    try:
+        return structure_digest(config.to_dict()) != structure_digest(cls.from_dict(source).to_dict())
+    except BUILDING_ERRORS:
+        return False  # what the file says is no config
