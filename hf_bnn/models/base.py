@@ -83,6 +83,13 @@ class BinaryConfigFields:
         return {**config, "model_type": cls.model_type}, kwargs
 
     @classmethod
+    def own_fields(cls) -> set[str]:
+        """The names of the fields that a float model's config lacks."""
+        package = __name__.partition(".")[0]
+        own = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == package]
+        return {name for base in own for name in vars(base).get("__annotations__", ()) if hasattr(base, name)}
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """As in transformers. Raises CorruptCheckpointError for what has changed since it was saved with a digest."""
         saved = CONFIG_DIGEST in config_dict and not kwargs.keys() & config_dict.keys()
@@ -90,7 +97,9 @@ class BinaryConfigFields:
         name = Path(folder) / CONFIG_NAME if folder else CONFIG_NAME
         verify_structure(config_dict, name)
         check_sizes(config_dict, name)
-        config_dict = {key: value for key, value in config_dict.items() if key != CONFIG_DIGEST}
+        # Trap: transformers sets what a caller asks for on the finished config, past its checks.
+        asked = {field: kwargs.pop(field) for field in cls.own_fields() & kwargs.keys()}
+        config_dict = {**{key: value for key, value in config_dict.items() if key != CONFIG_DIGEST}, **asked}
         try:
             return super().from_dict(config_dict, **kwargs)
         except BUILDING_ERRORS as error:

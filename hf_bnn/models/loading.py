@@ -32,7 +32,7 @@ from .checkpoint import (
 )
 
 OPTIONAL = ("*pooler.*", "*mask_token")  # of the encoder, but not under every head
-# Fields with which a latent checkpoint may be loaded on other values than it was trained with.
+# Fields of which a caller may ask for other values than a latent checkpoint was trained with.
 RESTRUCTURING = ("binarize", "levels", "ffn_levels", "attention", "block", "block_activation", "unsigned")
 # What building a model from a broken file ends in, in transformers, torch and safetensors.
 BUILDING_ERRORS = (
@@ -127,6 +127,12 @@ class CheckedLoading:
             raise CorruptCheckpointError(
                 f"{folder / CONFIG_NAME} says weights_sha256={digests!r}, not a table: {AGAIN}"
             )
+        if self.loaded_format == "packed" and source is not None and (fields := self.restructured(source)):
+            asked = ", ".join(f"{field}={getattr(self.record, field)!r}" for field in fields)
+            raise ValueError(
+                f"{folder} holds packed weights, and {asked} would make another model of them: load them as they are, "
+                "or load the latent checkpoint to train it so"
+            )
         verify_weight_files(files, folder, digests or {})
         self.check_headers(headers(files), conversions)
 
@@ -186,7 +192,7 @@ class CheckedLoading:
         source = self.__dict__.get("source")
         # Levels may be new in a latent checkpoint: it is how weights-only training goes on with binary inputs.
         if self.loaded_format == "latent" and key.startswith(self.level_prefixes()):
-            return source is None or self.restructured(source)
+            return source is None or bool(self.restructured(source))
         if self.in_encoder(key):
             return matches(key, OPTIONAL) and not isinstance(
                 self.get_submodule(key.rpartition(".")[0]), tuple(PACKED.values())
@@ -206,10 +212,10 @@ class CheckedLoading:
         inner = key.removeprefix(f"{self.base_model_prefix}.")
         return inner == key and inner.partition(".")[0] not in dict(self.base_model.named_children())
 
-    def restructured(self, source: dict[str, Any]) -> bool:
-        """Whether the caller has asked for another structure than a config.json says: other levels, say."""
+    def restructured(self, source: dict[str, Any]) -> list[str]:
+        """The fields in which this model's structure is not what a config.json says: other levels, say."""
         record, saved = self.record.to_dict(), record_of(source)
-        return any(saved.get(field, record.get(field)) != record.get(field) for field in RESTRUCTURING)
+        return [field for field in RESTRUCTURING if saved.get(field, record.get(field)) != record.get(field)]
 
 
 def _differs(config: PreTrainedConfig | None, cls: type[PreTrainedConfig], source: dict[str, Any]) -> bool:
