@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -69,8 +71,11 @@ def description(facts: Facts) -> str:
     return f"A `{facts.architecture}` of hf_bnn. The file holds {held}.\n\n| | |\n|---|---|\n{table}"
 
 
-def usage(facts: Facts, name: str) -> str:
-    """The section on how to load it, and on what not to expect. `name` is the repository or the folder."""
+def usage(facts: Facts, name: str, beside_float: bool = False) -> str:
+    """The section on how to load it, and on what not to expect. `name` is the repository or the folder.
+
+    `beside_float`: the card has a table with a column `float` as well as one `binary`.
+    """
     optimized = facts.packed and not facts.plugged_in
     call = f'{facts.architecture}.from_pretrained("{name}"{", optimize=True" if optimized else ""})'
     origin = "transformers" if facts.plugged_in else "hf_bnn"
@@ -78,9 +83,29 @@ def usage(facts: Facts, name: str) -> str:
     lines = ["import hf_bnn  # before the model is loaded", *lines] if facts.plugged_in else lines
     code = "\n".join(lines)
     limits = ["It needs the package hf_bnn: transformers alone does not know its layers."]
-    if facts.structure.get("binarize") != "none":
+    if beside_float:
+        limits.append("The column `binary` is of this model; `float` is of the float model that it is compared with.")
+    elif facts.structure.get("binarize") != "none":
         limits.append("All figures here are of the binary model, not of the float weights behind it.")
     return f"```python\n{code}\n```\n\n" + "\n".join(f"- {text}" for text in limits)
+
+
+def without_paths(card: str, sources: Iterable[str | None]) -> str:
+    """The card with the last part in the place of each of `sources` that is a path of this machine.
+
+    Such a model is no `base_model` that the Hub could link to.
+    """
+    for source in filter(None, sources):
+        if os.path.isabs(source) or os.path.isdir(source) or source.startswith("."):
+            name = Path(source).name
+            card = card.replace(f"base_model: {source}\n", "")
+            card = card.replace(f"[{source}](https://huggingface.co/{source})", name).replace(source, name)
+    return card
+
+
+def body(facts: Facts, name: str) -> str:
+    """A whole card but for its metadata, for the repository `name`."""
+    return f"# {name.rpartition('/')[2]}\n\n{description(facts)}\n\n## How to use it\n\n{usage(facts, name)}\n"
 
 
 def completed(card: str, facts: Facts, name: str) -> str:

@@ -19,11 +19,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .convert import empty_packed_, install_method, is_binary, to_binary_
 from .functional import WEIGHT_SCALINGS
+from .integrity import CorruptCheckpointError
 from .layers import BINARIZE
 from .levels import ElasticLevels, SignedLevels, UnsignedLevels
 from .models.base import BinaryModelMixin, check_choice
-from .models.checkpoint import CONFIG_DIGEST, check_sizes
-from .models.loading import refuse_offloading
+from .models.checkpoint import AGAIN, CONFIG_DIGEST, check_sizes
+from .models.loading import one_line, refuse_offloading
 from .scalar_levels import has_scalar_levels, set_levels_shape_
 from .selection import (
     KINDS,
@@ -90,6 +91,7 @@ class BinaryConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
         # It stands for a file, not for an object: what is made of the object may well differ.
+        saved = CONFIG_DIGEST in config_dict
         config_dict = {key: value for key, value in config_dict.items() if key != CONFIG_DIGEST}
         known = list(inspect.signature(cls).parameters)
         if unknown := sorted(config_dict.keys() - set(known)):
@@ -97,7 +99,13 @@ class BinaryConfig(QuantizationConfigMixin):
                 f"quantization_config has the unknown keys {unknown}: this hf_bnn knows {known}. "
                 "Upgrade hf_bnn if a newer one wrote them, or take them out"
             )
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        try:
+            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        except (TypeError, ValueError) as error:
+            if not saved:
+                raise
+            message = f"the quantization_config of config.json is not one of hf_bnn: {one_line(error)}; {AGAIN}"
+            raise CorruptCheckpointError(message) from error
 
     def apply_(self, model: PreTrainedModel) -> PreTrainedModel:
         """Make a float model that is in memory binary, in place, as from_pretrained does with one that it loads.

@@ -31,7 +31,7 @@ from .convert import (
 from .distillation import TeacherCache, TeacherOutput, hidden_loss, logits_loss
 from .layers import binary_layers
 from .methods import Method, Step, make_method
-from .model_card import completed, facts_of
+from .model_card import completed, facts_of, without_paths
 from .models.base import BinaryModelMixin
 from .packed import is_packed
 from .precision import upcast_
@@ -46,6 +46,7 @@ from .training import (
     split_groups,
     statistics,
 )
+from .uploads import PublicUploads
 
 logger = logging.get_logger(__name__)
 
@@ -135,7 +136,7 @@ class _MethodCallback(TrainerCallback):
         end_backward(self.trainer.bare_model, self.step)
 
 
-class BinaryTrainer(CheckedTrainer):
+class BinaryTrainer(PublicUploads, CheckedTrainer):
     """Trainer for a binary model: the same arguments, and two more.
 
     `method` (None: what `args.method` names) is installed into the model; `teacher_model`, if given, is distilled
@@ -340,8 +341,11 @@ class BinaryTrainer(CheckedTrainer):
         if self.is_world_process_zero() and isinstance(self.bare_model, BinaryModelMixin):
             card = Path(self.args.output_dir) / "README.md"
             facts = facts_of(self.bare_model, self.args.save_packed and _can_pack(self.model))
-            name = self.hub_model_id or self.args.output_dir
-            card.write_text(completed(card.read_text(encoding="utf-8"), facts, name), encoding="utf-8")
+            name = self.hub_model_id or Path(self.args.output_dir).absolute().name
+            said = [value for value in kwargs.values() if isinstance(value, str)]
+            sources = (*said, self.bare_model.config.name_or_path, self.args.output_dir)
+            draft = without_paths(card.read_text(encoding="utf-8"), sources)
+            card.write_text(completed(draft, facts, name), encoding="utf-8")
 
     # Loading
 

@@ -50,7 +50,7 @@ One run, seed {results["seed"]}, after the last step of training; {machine}.
 
 ## How to use it
 
-{usage(facts, name)}
+{usage(facts, name, beside_float=True)}
 """
 
 

@@ -24,7 +24,7 @@ FLOORS = [
     {"fused", "fast_path", "execution", "selection"},
     {"convert", "summary"},
     {"training", "diagnostics", "distillation", "glue", "model_card", "checkpoints"},
-    {"models", "run_record", "precision", "batch_norm", "argument_checks", "jit_checkpoint"},
+    {"models", "run_record", "precision", "batch_norm", "argument_checks", "jit_checkpoint", "uploads"},
     {"resumable_trainer"},
     {"checked_trainer"},
     {"quantizer", "trainer"},
@@ -35,6 +35,7 @@ MAY_IMPORT_TRANSFORMERS = {"models", "quantizer", "checked_trainer", "trainer"} 
     "jit_checkpoint",
     "resumable_trainer",
     "run_record",
+    "uploads",
 }
 
 

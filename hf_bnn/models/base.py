@@ -31,7 +31,7 @@ from ..training import method_state_names
 from .checkpoint import AGAIN, CONFIG_DIGEST, check_padding, check_sizes, verify_structure, write_structure_digest
 from .loading import BUILDING_ERRORS, CheckedLoading, one_line, refuse_offloading
 from .plain_trainer import notice_plain_trainer
-from .saving import WEIGHT_FILE, digests_of_other_variants, publish
+from .saving import WEIGHT_FILE, digests_of_other_variants, publish, replace_stock_card
 
 logger = logging.get_logger(__name__)
 
@@ -103,17 +103,28 @@ class BinaryConfigFields:
         return {**config, "model_type": cls.model_type}, kwargs
 
     @classmethod
+    def own_fields(cls) -> set[str]:
+        """The names of the fields that a float model's config lacks."""
+        package = __name__.partition(".")[0]
+        own = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == package]
+        return {name for base in own for name in vars(base).get("__annotations__", ()) if hasattr(base, name)}
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """As in transformers. Raises CorruptCheckpointError for what has changed since it was saved with a digest."""
-        saved = CONFIG_DIGEST in config_dict
-        verify_structure(config_dict)
-        check_sizes(config_dict)
-        config_dict = {key: value for key, value in config_dict.items() if key != CONFIG_DIGEST}
+        saved = CONFIG_DIGEST in config_dict and not kwargs.keys() & config_dict.keys()
+        folder = kwargs.get("name_or_path")  # the Auto classes say it
+        name = Path(folder) / CONFIG_NAME if folder else CONFIG_NAME
+        verify_structure(config_dict, name)
+        check_sizes(config_dict, name)
+        # Trap: transformers sets what a caller asks for on the finished config, past its checks.
+        asked = {field: kwargs.pop(field) for field in cls.own_fields() & kwargs.keys()}
+        config_dict = {**{key: value for key, value in config_dict.items() if key != CONFIG_DIGEST}, **asked}
         try:
             return super().from_dict(config_dict, **kwargs)
         except BUILDING_ERRORS as error:
-            if saved and not kwargs.keys() & config_dict.keys():
-                raise CorruptCheckpointError(f"{CONFIG_NAME} holds no {cls.__name__}: {one_line(error)}") from error
+            if saved:
+                raise CorruptCheckpointError(f"{name} holds no {cls.__name__}: {one_line(error)}; {AGAIN}") from error
             raise
 
 
@@ -314,3 +325,7 @@ class BinaryModelMixin(CheckedLoading):
             shutil.rmtree(staging, ignore_errors=True)
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any):
+        replace_stock_card(self, Path(working_dir), repo_id)  # the last moment before push_to_hub's upload
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

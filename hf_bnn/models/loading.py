@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.core_model_loading import WeightTransform
 from transformers.utils import CONFIG_NAME, cached_file
 
@@ -31,7 +32,7 @@ from .checkpoint import (
 )
 
 OPTIONAL = ("*pooler.*", "*mask_token")  # of the encoder, but not under every head
-# Fields with which a latent checkpoint may be loaded on other values than it was trained with.
+# Fields of which a caller may ask for other values than a latent checkpoint was trained with.
 RESTRUCTURING = ("binarize", "levels", "ffn_levels", "attention", "block", "block_activation", "unsigned")
 # What building a model from a broken file ends in, in transformers, torch and safetensors.
 BUILDING_ERRORS = (
@@ -63,6 +64,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
+def same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two shapes are equal, or of single numbers: older files hold learned levels as scalars."""
+    return tuple(one) == tuple(other) or {tuple(one), tuple(other)} <= {(), (1,)}
+
+
 def refuse_offloading(model: nn.Module, device_map: dict[str, Any] | None) -> None:
     """Raise ValueError for a device_map that would offload learned levels, which are read, but never called."""
     places = {str(place) for place in (device_map or {}).values()}
@@ -91,8 +97,7 @@ class CheckedLoading:
             return
         verify_structure(source, path)
         own = {key for key, value in arguments.items() if value is not None and key not in WHERE}
-        config = arguments.get("config")
-        if own or (config is not None and _differs(config, cls.config_class.from_dict(source))):
+        if own or _differs(arguments.get("config"), cls.config_class, source):
             return
         raise CorruptCheckpointError(
             f"{name} cannot be loaded as a {cls.__name__}: {one_line(error)}; {AGAIN}"
@@ -122,6 +127,12 @@ class CheckedLoading:
             raise CorruptCheckpointError(
                 f"{folder / CONFIG_NAME} says weights_sha256={digests!r}, not a table: {AGAIN}"
             )
+        if self.loaded_format == "packed" and source is not None and (fields := self.restructured(source)):
+            asked = ", ".join(f"{field}={getattr(self.record, field)!r}" for field in fields)
+            raise ValueError(
+                f"{folder} holds packed weights, and {asked} would make another model of them: load them as they are, "
+                "or load the latent checkpoint to train it so"
+            )
         verify_weight_files(files, folder, digests or {})
         self.check_headers(headers(files), conversions)
 
@@ -143,7 +154,7 @@ class CheckedLoading:
         lost += [
             key
             for key, entry in found.items()
-            if entry is not None and entry.shape != own[key].shape and self.in_encoder(key)
+            if entry is not None and not same_shape(entry.shape, own[key].shape) and self.in_encoder(key)
         ]
         self.refuse_lost(lost)
         surplus = sorted(key for key in elsewhere if not self.may_have(key))
@@ -181,7 +192,7 @@ class CheckedLoading:
         source = self.__dict__.get("source")
         # Levels may be new in a latent checkpoint: it is how weights-only training goes on with binary inputs.
         if self.loaded_format == "latent" and key.startswith(self.level_prefixes()):
-            return source is None or self.restructured(source)
+            return source is None or bool(self.restructured(source))
         if self.in_encoder(key):
             return matches(key, OPTIONAL) and not isinstance(
                 self.get_submodule(key.rpartition(".")[0]), tuple(PACKED.values())
@@ -201,12 +212,17 @@ class CheckedLoading:
         inner = key.removeprefix(f"{self.base_model_prefix}.")
         return inner == key and inner.partition(".")[0] not in dict(self.base_model.named_children())
 
-    def restructured(self, source: dict[str, Any]) -> bool:
-        """Whether the caller has asked for another structure than a config.json says: other levels, say."""
+    def restructured(self, source: dict[str, Any]) -> list[str]:
+        """The fields in which this model's structure is not what a config.json says: other levels, say."""
         record, saved = self.record.to_dict(), record_of(source)
-        return any(saved.get(field, record.get(field)) != record.get(field) for field in RESTRUCTURING)
+        return [field for field in RESTRUCTURING if saved.get(field, record.get(field)) != record.get(field)]
 
 
-def _differs(one, other) -> bool:
-    """Whether two configs are of different models."""
-    return structure_digest(one.to_dict()) != structure_digest(other.to_dict())
+def _differs(config: PreTrainedConfig | None, cls: type[PreTrainedConfig], source: dict[str, Any]) -> bool:
+    """Whether a caller's config is of another model than what a config.json says."""
+    if config is None:
+        return False
+    try:
+        return structure_digest(config.to_dict()) != structure_digest(cls.from_dict(source).to_dict())
+    except BUILDING_ERRORS:
+        return False  # what the file says is no config

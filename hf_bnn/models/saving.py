@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from huggingface_hub import ModelCard
 from transformers.utils import CONFIG_NAME
 
+from ..model_card import body, facts_of
+from ..packed import is_packed
 from .checkpoint import read_config, record_of, structure_digest
 
+if TYPE_CHECKING:
+    from .base import BinaryModelMixin
+
+STOCK_CARD = "This model card has been automatically generated."  # by transformers, for a repository without one
+TAGS = ("binary", "hf_bnn")
 WEIGHT_FILE = re.compile(r".+\.safetensors(\.index(\..+)?\.json)?")
 
 
@@ -42,3 +51,14 @@ def digests_of_other_variants(folder: Path, staging: Path, variant: str | None) 
     return {
         name: digest for name, digest in listed.items() if (folder / name).is_file() and not replaced.fullmatch(name)
     }
+
+
+def replace_stock_card(model: BinaryModelMixin, folder: Path, repository: str) -> None:
+    """Write the card of a binary model over the empty one that transformers has put into `folder`; none of a user's."""
+    path = folder / "README.md"
+    if not path.is_file() or STOCK_CARD not in path.read_text(encoding="utf-8"):
+        return
+    card = ModelCard.load(path)
+    card.text = body(facts_of(model, packed=is_packed(model)), repository)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *TAGS]))
+    card.save(path)

@@ -1,0 +1,67 @@
+"""A seeded sample of the cases of scripts/fuzz_loading.py, and that the script can find a fault."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import fuzz_loading
+import pytest
+from fuzz_loading import Outcome, bases, fuzz, load, recompute_digests, run_limited, table
+from safetensors.torch import load_file, save_file
+
+from hf_bnn.models.base import BinaryModelMixin
+
+
+def test_no_mutated_folder_is_loaded_as_another_model():
+    results = fuzz(cases=60, seed=7)
+    assert [case for case in results if case["fault"]] == []
+    assert {case["digests"] for case in results} == {"kept", "recomputed"}
+    assert {case["mutation"] for case in results} == {mutation.__name__ for mutation in fuzz_loading.MUTATIONS}
+    assert sum(case["outcome"] == "refused" for case in results) > 20
+    assert "| refused |" in table(results)
+
+
+def test_the_cases_of_a_seed_are_always_the_same(monkeypatch):
+    monkeypatch.setattr(fuzz_loading, "run_limited", lambda load: Outcome("different", "x"))
+    first, second = fuzz(20, 3), fuzz(20, 3)
+    untimed = [[{**case, "seconds": 0} for case in results] for results in (first, second)]
+    assert untimed[0] == untimed[1]
+
+
+def test_the_script_would_see_another_model(tmp_path, monkeypatch):
+    base = bases(tmp_path)[1]
+    saved = load(base, base.folder, False, None, True).detail
+    path = base.folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["classifier.bias"] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert load(base, base.folder, False, saved, True).kind == "refused"
+    monkeypatch.setattr(BinaryModelMixin, "check_files", lambda *_: None)
+    assert load(base, base.folder, False, saved, True).kind == "different"
+
+
+def test_recomputed_digests_agree_with_the_folder(tmp_path):
+    base = bases(tmp_path)[0]
+    saved = load(base, base.folder, True, None, True).detail
+    config = json.loads((base.folder / "config.json").read_text())
+    (base.folder / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.5}))
+    assert load(base, base.folder, True, saved, True).kind == "refused"
+    recompute_digests(base.folder)
+    assert load(base, base.folder, True, saved, True).kind == "same"
+    shutil.rmtree(base.folder)
+    recompute_digests(base.folder)  # nothing to read is no error
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [
+        (lambda: time.sleep(30), "hung"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "crashed"),
+        (lambda: bytearray(2**30 + 2**29) and Outcome("same"), "too much memory"),
+    ],
+)
+def test_crashes_hangs_and_memory_are_seen(monkeypatch, bad, kind):
+    monkeypatch.setattr(fuzz_loading, "SECONDS", 1 if kind == "hung" else 60)
+    assert run_limited(bad).kind == kind
