@@ -24,10 +24,6 @@ AT_LEAST = {  # the smallest value that makes sense
     "warmup_steps": 0,
     "dataloader_num_workers": 0,
     "adam_epsilon": 0,
-    "distillation_labels_weight": 0,
-    "distillation_logits_weight": 0,
-    "distillation_hidden_weight": 0,
-    "teacher_cache_gb": 0,
 }
 SLOW_RATE = 1e-4
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from .activations import RPReLU
@@ -56,17 +57,6 @@ class CheckedTrainer(ResumableTrainer):
             )
         return output
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            refuse_empty(self.eval_dataset, "eval_dataset")
-        else:
-            refuse_empty(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        refuse_empty(test_dataset, "test_dataset")
-        return super().get_test_dataloader(test_dataset)
-
     # Several ranks
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
@@ -81,9 +71,10 @@ class CheckedTrainer(ResumableTrainer):
                     module.master_weights = keeps_copies
         return super()._wrap_model(model, training, dataloader)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any):
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any):
+        refuse_empty(dataloader.dataset, "the data set to evaluate on")
         share_statistics_(self.bare_model)
-        return super().evaluation_loop(*args, **kwargs)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     # Trap: transformers decays the weights of BatchNorm, whose names have no "norm." that it looks for.
 

@@ -90,20 +90,40 @@ def test_the_step_is_four_times_too_large_if_the_head_is_believed(tmp_path):
     assert distance(whole, weights_after_one_step(tmp_path, 4, believe_the_head=True)) > 1e-4
 
 
-@pytest.mark.multiprocess
-def test_two_processes_take_the_step_of_one_and_stay_bit_equal(tmp_path):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The folder in which two processes of the worker have left their reports, and the reports."""
+    folder = tmp_path_factory.mktemp("ranks")
     worker = Path(__file__).parent / "trainer_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(worker), str(tmp_path)]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(worker), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.multiprocess
+def test_two_processes_take_the_step_of_one_and_stay_bit_equal(two_ranks, tmp_path):
+    folder, reports = two_ranks
     assert [report["world_size"] for report in reports] == [2, 2]
     assert reports[0]["digests"] == reports[1]["digests"]  # of every parameter, for every method
     alone = weights_after_one_step(tmp_path / "alone", 1)
-    together = load_file(tmp_path / "ste.safetensors")
+    together = load_file(folder / "ste.safetensors")
     assert distance(alone, together) < 1e-6
+
+
+@pytest.mark.multiprocess
+def test_two_processes_evaluate_the_model_that_is_saved_and_resume_as_one(two_ranks):
+    one, other = (report["normalized"] for report in two_ranks[1])
+    for same in ("loss", "state", "resumed", "steps", "error", "fsdp"):
+        assert one[same] == other[same]
+    assert one["resumed"] == one["state"]
+    assert one["steps"] == 1  # on from the first checkpoint: the second lacked a file of the second rank
+    assert "rng_state_1.pth is missing" in one["error"]
+    assert "has no effect on 'cpu' devices: every rank would hold the whole model" in one["fsdp"]
+    assert one["synchronized"]
+    assert one["plain again"]
 
 
 # Groups, method, refusals

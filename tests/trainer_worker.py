@@ -1,4 +1,4 @@
-"""Run by two processes: one optimizer step of every method, and what each rank holds after it."""
+"""Run by two processes: one optimizer step of every method, batch normalization, checkpoints; what each rank holds."""
 
 import hashlib
 import json
@@ -6,12 +6,65 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
-from test_trainer import rows
-from tiny import EVERY_METHOD, method_id, tiny_model
+from test_trainer import arguments, rows
+from tiny import EVERY_METHOD, method_id, tiny_images, tiny_model, tiny_resnet
 from transformers import set_seed
 
 from hf_bnn import BinaryTrainer, BinaryTrainingArguments
+from hf_bnn.batch_norm import OVER_RANKS
+from hf_bnn.integrity import CorruptCheckpointError, verify_manifest
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all tensors."""
+    joined = b"".join(value.contiguous().numpy().tobytes() for value in state.values())
+    return hashlib.sha256(joined).hexdigest()
+
+
+def images(folder: Path, **kwargs) -> BinaryTrainer:
+    """A ResNet's trainer, with batch normalization."""
+    set_seed(0)
+    data = Dataset.from_dict({name: value.tolist() for name, value in tiny_images(16).items()}).with_format("torch")
+    settings = {"max_steps": 2, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1, **kwargs}
+    args = arguments(folder, **settings)
+    return BinaryTrainer(tiny_resnet(), args, train_dataset=data, eval_dataset=data)
+
+
+def normalized(folder: Path) -> dict:
+    """How a run with batch normalization evaluates, saves, and goes on, here and on the other rank."""
+    one = images(folder / "images", ddp_broadcast_buffers=False)
+    one.train()
+    loss = one.evaluate()["eval_loss"]
+    found = {"loss": loss, "state": digest(one.bare_model.state_dict())}
+    for number in (1, 2):
+        verify_manifest(folder / "images" / f"checkpoint-{number}")
+    torch.distributed.barrier()
+    if one.is_world_process_zero():
+        (folder / "images" / "checkpoint-2" / "rng_state_1.pth").unlink()
+    torch.distributed.barrier()
+    again = images(folder / "images", ddp_broadcast_buffers=False)
+    again.train(resume_from_checkpoint=True)
+    found["resumed"] = digest(again.bare_model.state_dict())
+    found["steps"] = again.state.global_step - again._initial_global_step
+    (folder / "images" / "checkpoint-2" / "rng_state_1.pth").unlink(missing_ok=True)
+    torch.distributed.barrier()
+    try:
+        images(folder / "images").train(resume_from_checkpoint=str(folder / "images" / "checkpoint-2"))
+    except CorruptCheckpointError as error:
+        found["error"] = str(error)
+    whole = images(folder / "synchronized", sync_batchnorm=True, save_strategy="no")
+    kinds = set()
+    whole.bare_model.resnet.register_forward_hook(lambda module, *_: kinds.update(type(m) for m in module.modules()))
+    whole.train()
+    found["synchronized"] = bool(kinds & set(OVER_RANKS.values()))
+    found["plain again"] = not {type(m) for m in whole.bare_model.modules()} & set(OVER_RANKS.values())
+    try:
+        images(folder / "sharded", fsdp=True, save_strategy="no")
+    except ValueError as error:
+        found["fsdp"] = str(error)
+    return found
 
 
 def main(folder: Path) -> None:
@@ -34,15 +87,13 @@ def main(folder: Path) -> None:
         set_seed(0)
         trainer = BinaryTrainer(tiny_model(), args, method=method, train_dataset=rows())
         trainer.train()
-        state = trainer.bare_model.state_dict()
-        joined = b"".join(value.contiguous().numpy().tobytes() for value in state.values())
-        digests[method_id(method)] = hashlib.sha256(joined).hexdigest()
+        digests[method_id(method)] = digest(trainer.bare_model.state_dict())
         if method_id(method) == "ste" and trainer.is_world_process_zero():
             save_file(
                 {name: p.detach().clone() for name, p in trainer.bare_model.named_parameters()},
                 folder / "ste.safetensors",
             )
-    report = {"world_size": trainer.args.world_size, "digests": digests}
+    report = {"world_size": trainer.args.world_size, "digests": digests, "normalized": normalized(folder)}
     (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(report))
     torch.distributed.barrier()  # no rank leaves while another still talks to it
     torch.distributed.destroy_process_group()
