@@ -203,6 +203,11 @@ def check_model_arguments(model: ModelArguments, training: BinaryTrainingArgumen
                 raise UsageError(f"--binarize none trains a plain float model: leave out --{name}")
         if training.method != "ste" or training.method_args is not None:
             raise UsageError("--binarize none trains a plain float model: leave out --method and --method_args")
+    if model.teacher_model_name_or_path is None:
+        try:
+            training.check_teacher_is_named("--teacher_model_name_or_path")
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     if model.two_step:
         if model.binarize not in (None, "both"):
             raise UsageError(f"--two_step ends with binarize='both': leave out --binarize {model.binarize}")

@@ -24,12 +24,13 @@ FLOORS = [
     {"fused"},
     {"convert", "summary"},
     {"training", "diagnostics", "distillation", "glue", "model_card"},
-    {"models", "selection", "checked_trainer"},
-    {"quantizer", "trainer"},
+    {"models", "selection", "checked_trainer", "preparation", "teacher", "trials"},
+    {"quantizer", "taught_trainer"},
+    {"trainer"},
     {"__init__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-MAY_IMPORT_TRANSFORMERS = {"models", "selection", "quantizer", "checked_trainer", "trainer"}
+MAY_IMPORT_TRANSFORMERS = {"models", "selection", "quantizer", "checked_trainer", "trainer", "trials"}
 
 
 class Import(NamedTuple):
