@@ -83,6 +83,20 @@ class CheckedTrainer(ResumableTrainer):
         names = set(super().get_decay_parameter_names(model))
         return [name for name, p in model.named_parameters() if name in names and id(p) not in spared]
 
+    # Trap: with persistent workers, transformers takes the loader of the first evaluation for every later one, also
+    # where another set is handed to `evaluate`.
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        kept = self.__dict__.pop("_eval_dataloaders", None)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.__dict__.pop("_eval_dataloaders", None)
+            if kept is not None:
+                self._eval_dataloaders = kept
+
     # Numbers that are not finite
 
     def training_step(self, model, inputs, num_items_in_batch=None):

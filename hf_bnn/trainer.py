@@ -6,11 +6,13 @@ import contextlib
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
@@ -18,23 +20,15 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from .argument_checks import check_numbers, warn_of_recipe
-from .checked_trainer import CheckedTrainer
-from .convert import (
-    binary_fraction,
-    calibrate_,
-    can_pack,
-    has_fresh_levels,
-    install_method,
-    number_by_execution_,
-    pack_,
-)
-from .distillation import TeacherCache, TeacherOutput, hidden_loss, logits_loss
+from .convert import binary_fraction, can_pack, has_fresh_levels, install_method, pack_
 from .layers import binary_layers
 from .methods import Method, Step, make_method
 from .model_card import completed, facts_of, without_paths
 from .models.base import BinaryModelMixin
 from .packed import is_packed
 from .precision import upcast_
+from .preparation import first_batch, prepare_, undisturbed_randomness
+from .taught_trainer import DISTILLATION_WEIGHTS, TaughtTrainer
 from .training import (
     begin_step,
     end_backward,
@@ -46,6 +40,7 @@ from .training import (
     split_groups,
     statistics,
 )
+from .trials import IndependentTrials
 from .uploads import PublicUploads
 
 logger = logging.get_logger(__name__)
@@ -76,12 +71,13 @@ class BinaryTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Weight of the labels' loss when there is a teacher."}
     )
     distillation_logits_weight: float = field(
-        default=1.0, metadata={"help": "Weight of T^2 KL(teacher || student) of the logits."}
+        default=1.0,
+        metadata={"help": "Weight of the predictions' loss: T^2 KL(teacher || student); of values the MSE."},
     )
     distillation_hidden_weight: float = field(
         default=1.0, metadata={"help": "Weight of the hidden states' MSE over the teacher's variance."}
     )
-    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature T of the logits' loss."})
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature T of the predictions' loss."})
     teacher_cache_gb: float = field(
         default=0.0, metadata={"help": "Memory for the teacher's outputs, so that it runs once per example. 0: none."}
     )
@@ -105,15 +101,32 @@ class BinaryTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         check_numbers(self)
         super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for a value that no binary model can be trained with."""
         make_method(self.method, self.method_args)  # raises for an unknown name or argument
         for name in ("aux_learning_rate_multiplier", "levels_learning_rate_multiplier", "distillation_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number > 0")
+        for name in (*DISTILLATION_WEIGHTS, "teacher_cache_gb"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number >= 0")
         for name in ("fp16_full_eval", "bf16_full_eval"):
             if getattr(self, name):
                 raise ValueError(
                     f"{name}=True: a binary model is evaluated in float32, since half-precision sums of +-1 products "
                     "round above 256; leave it out"
+                )
+
+    def check_teacher_is_named(self, name: str) -> None:
+        """Raise ValueError if something is said of distillation: there is no teacher, which `name` would give."""
+        told = [f for f in fields(self) if f.name.startswith("distillation_") or f.name == "teacher_cache_gb"]
+        for own in told:
+            if getattr(self, own.name) != own.default:
+                raise ValueError(
+                    f"{own.name}={getattr(self, own.name)} is for distillation, but there is no teacher: give {name}, "
+                    f"or leave {own.name} out"
                 )
 
 
@@ -136,7 +149,7 @@ class _MethodCallback(TrainerCallback):
         end_backward(self.trainer.bare_model, self.step)
 
 
-class BinaryTrainer(PublicUploads, CheckedTrainer):
+class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
     """Trainer for a binary model: the same arguments, and two more.
 
     `method` (None: what `args.method` names) is installed into the model; `teacher_model`, if given, is distilled
@@ -161,11 +174,12 @@ class BinaryTrainer(PublicUploads, CheckedTrainer):
                 f"BinaryTrainer takes BinaryTrainingArguments, not {type(args).__name__}: they have the same fields, "
                 "and those of the method and of distillation"
             )
+        self._given_method = method
+        self._method_at_first = (args.method, args.method_args)
         self.method = make_method(args.method, args.method_args) if method is None else method
+        self.teacher = teacher_model
         if model is not None:
             self.prepare_model(model)
-        self.teacher = teacher_model
-        self.teacher_cache = TeacherCache(args.teacher_cache_gb * 2**30)
         self._writing_checkpoint = False
         self._hooked: torch.optim.Optimizer | None = None
         super().__init__(model, args, *positional, **kwargs)
@@ -173,7 +187,10 @@ class BinaryTrainer(PublicUploads, CheckedTrainer):
         # trained with the gradient times the accumulation steps, and with the loss times the processes.
         self.model_accepts_loss_kwargs = False
         if self.teacher is not None:
+            self.begin_lesson()
             self.teacher.to(self.args.device).eval().requires_grad_(False)
+        elif self.train_dataset is not None:
+            args.check_teacher_is_named("teacher_model=")
         self.add_callback(_MethodCallback(self))
 
     def prepare_model(self, model: nn.Module) -> None:
@@ -195,18 +212,23 @@ class BinaryTrainer(PublicUploads, CheckedTrainer):
 
     def call_model_init(self, trial=None) -> nn.Module:
         model = super().call_model_init(trial)
+        self.args.check()  # a search may have set them
+        self.method, self._hooked = self._chosen_method(), None
         self.prepare_model(model)
         return model
 
+    def _chosen_method(self) -> Method:
+        """The method that the arguments name now, unless one was given as an object."""
+        if self._given_method is None:
+            return make_method(self.args.method, self.args.method_args)
+        if (self.args.method, self.args.method_args) != self._method_at_first:
+            raise ValueError(
+                f"method={self.args.method!r}, method_args={self.args.method_args!r} were set, but BinaryTrainer was "
+                f"given method={self._given_method!r}: name the first method in the arguments instead"
+            )
+        return self._given_method
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        model = self.bare_model
-        calibrate = self.args.calibrate_levels and not resume_from_checkpoint and has_fresh_levels(model)
-        if self.train_dataset is not None and (calibrate or self.method.in_order):
-            batch = next(iter(self.get_eval_dataloader(self.train_dataset)))
-            inputs = {k: v for k, v in self._prepare_inputs(batch).items() if k not in self.label_names}
-            number_by_execution_(model, lambda: model(**inputs))
-            if calibrate:
-                calibrate_(model, lambda: model(**inputs))
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if (fraction := binary_fraction(self.bare_model)) < 1:
             logger.warning(
@@ -214,6 +236,52 @@ class BinaryTrainer(PublicUploads, CheckedTrainer):
                 "and may do much worse than it did in training. Go on training, or save it with commit=True"
             )
         return output
+
+    def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, *more, **kwargs):
+        # Here the model exists, whoever made it; a checkpoint is loaded; nothing is wrapped, and no optimizer is made.
+        dataset = self.train_dataset
+        self._prepare(fit=self.args.calibrate_levels and not resume_from_checkpoint)
+        try:
+            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *more, **kwargs)
+        finally:
+            self.train_dataset = dataset
+
+    def _prepare(self, fit: bool) -> None:
+        """The one moment before the first step. Training's random numbers and data are afterwards as before."""
+        model = self.model  # sharded, it runs in its wrapper only
+        if self.train_dataset is None:
+            if fit and has_fresh_levels(model):
+                logger.warning(
+                    "there is no train_dataset to fit the levels to: they stay as they were made, whatever the size of "
+                    "the activations. Give one, or call hf_bnn.calibrate_"
+                )
+            return
+        with undisturbed_randomness(model):
+            batch = self._prepare_inputs(self._preparation_batch())
+            asked = send_to_device(batch, next(model.parameters()).device)
+            if self.teacher is not None:
+                self.begin_lesson()
+                asked = self.asked_of_student(asked)
+            count = self._get_num_items_in_batch([batch], self.args.device)  # a loss function of one's own takes it
+            _, outputs = prepare_(model, lambda: self.compute_loss(model, dict(asked), True, count), fit)
+            if self.teacher is not None:
+                self.check_lesson(send_to_device(outputs, self.args.device), batch)
+
+    def _preparation_batch(self) -> dict[str, Any]:
+        """The first rows of the training set, as the trainer's collator makes a batch of them."""
+        rows, collate = self.train_dataset, self.data_collator
+        if isinstance(rows, datasets.Dataset):
+            rows = self._remove_unused_columns(rows, description="Training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="Training")
+        size = self.args.eval_batch_size
+        if self.args.auto_find_batch_size:  # what does not fit is not asked for again
+            size = min(size, self._train_batch_size)
+        batch, left = first_batch(rows, collate, size, self.args.dataloader_num_workers)
+        if left is not rows:
+            logger.info("the training stream can be read once: the rows that prepared the model are put back")
+            self.train_dataset = left
+        return batch
 
     # The optimizer
 
@@ -236,31 +304,6 @@ class BinaryTrainer(PublicUploads, CheckedTrainer):
             hook_optimizer(self.bare_model, optimizer, self.method)
             self._hooked = optimizer
         return self.optimizer
-
-    # The loss
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.teacher is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        weights = self.args.distillation_hidden_weight > 0
-        asked = {**inputs, "output_hidden_states": True} if weights else inputs
-        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
-        teacher = self._teach({name: value for name, value in inputs.items() if name not in self.label_names})
-        loss = self.args.distillation_labels_weight * loss
-        temperature = self.args.distillation_temperature
-        loss = loss + self.args.distillation_logits_weight * logits_loss(outputs.logits, teacher.logits, temperature)
-        if weights:
-            hidden = hidden_loss(outputs.hidden_states, teacher.hidden_states, inputs.get("attention_mask"))
-            loss = loss + self.args.distillation_hidden_weight * hidden
-        return (loss, outputs) if return_outputs else loss
-
-    def _teach(self, inputs: dict[str, Tensor]) -> TeacherOutput:
-        def run() -> TeacherOutput:
-            with torch.no_grad(), self.accelerator.autocast():
-                output = self.teacher(**inputs, output_hidden_states=True)
-            return TeacherOutput(output.logits, output.hidden_states)
-
-        return self.teacher_cache.get(inputs, run)
 
     # Evaluation
 

@@ -10,7 +10,13 @@ from typing import Any, Literal, NamedTuple
 
 from commandline import Parser
 from errors import UsageError
-from training_checks import OutputArguments, check_limits, check_output_dir, check_training
+from training_checks import (
+    OutputArguments,
+    check_kind_of_training,
+    check_limits,
+    check_output_dir,
+    check_training,
+)
 
 from hf_bnn import BinaryTrainingArguments
 
@@ -200,12 +206,7 @@ def check_model_arguments(model: ModelArguments, training: BinaryTrainingArgumen
     if model.config_name is not None and not Path(model.config_name).exists() and model.config_name.endswith(".json"):
         raise UsageError(f"config_name {model.config_name!r} does not exist")
     parse_overrides(model.config_overrides)
-    if model.binarize == "none":
-        for name in ("attention", "teacher_model_name_or_path"):
-            if getattr(model, name) is not None:
-                raise UsageError(f"--binarize none trains a plain float model: leave out --{name}")
-        if training.method != "ste" or training.method_args is not None:
-            raise UsageError("--binarize none trains a plain float model: leave out --method and --method_args")
+    check_kind_of_training(model, training, "attention")
     if model.two_step:
         if model.binarize not in (None, "both"):
             raise UsageError(f"--two_step ends with binarize='both': leave out --binarize {model.binarize}")

@@ -32,7 +32,7 @@ from hf_bnn import (
     BinaryViTConfig,
     BinaryViTForImageClassification,
 )
-from hf_bnn.distillation import hidden_loss, logits_loss
+from hf_bnn.distillation import Distillation, head_of
 
 # What a config works out from its other fields, or says of weights that it was saved with.
 NOT_INHERITED = ("stage_names", "out_features", "out_indices", "model_type", "architectures", "weight_format")
@@ -212,9 +212,8 @@ def load_teacher(
         inputs = processor(image, return_tensors="pt", do_rescale=True)
         with torch.no_grad():
             outputs = [net.eval()(**inputs, output_hidden_states=True) for net in (student, teacher)]
-        logits_loss(outputs[0].logits, outputs[1].logits)
-        if hidden:
-            hidden_loss(*(output.hidden_states for output in outputs))
+        lesson = Distillation(1.0, float(hidden), head=head_of(student), config=student.config)
+        lesson.loss(*(lesson.read(output, inputs) for output in outputs), inputs)
     return teacher
 
 

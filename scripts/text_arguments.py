@@ -8,7 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 from commandline import Parser
 from errors import UsageError
-from training_checks import OutputArguments, check_limits, check_output_dir, check_training
+from training_checks import (
+    OutputArguments,
+    check_kind_of_training,
+    check_limits,
+    check_output_dir,
+    check_training,
+)
 
 from hf_bnn import BinaryTrainingArguments
 
@@ -127,7 +133,7 @@ def parse(command_line: list[str] | None = None, description: str | None = None)
     arguments = Arguments(*Parser(kinds, description=description).parse(command_line))
     check_training(arguments.training)
     check_data_arguments(arguments.data, arguments.training)
-    check_model_arguments(arguments.model, arguments.training)
+    check_kind_of_training(arguments.model, arguments.training, "attention", "embeddings")
     check_output_dir(arguments.training, arguments.output)
     return arguments
 
@@ -172,13 +178,3 @@ def file_kind(split: str, path: str) -> str:
     if "://" not in path and not Path(path).is_file():
         raise UsageError(f"{split}_file {path!r} does not exist")
     return extension
-
-
-def check_model_arguments(model: ModelArguments, training: BinaryTrainingArguments) -> None:
-    """Raise UsageError where --binarize none contradicts another argument."""
-    if model.binarize == "none":
-        for name in ("attention", "embeddings", "teacher_model_name_or_path"):
-            if getattr(model, name) is not None:
-                raise UsageError(f"--binarize none trains a plain float model: leave out --{name}")
-        if training.method != "ste" or training.method_args is not None:
-            raise UsageError("--binarize none trains a plain float model: leave out --method and --method_args")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from commandline import user_errors
 from errors import UsageError
 
 from hf_bnn import BinaryTrainingArguments
@@ -43,6 +44,19 @@ def check_training(training: BinaryTrainingArguments) -> None:
         value = getattr(training, name)
         if not 0 <= value < math.inf:
             raise UsageError(f"{name}={value:g}: expected a number that is not negative; {hint}")
+
+
+def check_kind_of_training(model: Any, training: BinaryTrainingArguments, *structure: str) -> None:
+    """Raise UsageError for arguments that say nothing of a float model (`structure`: fields of `model`), or of no teacher."""
+    if model.binarize == "none":
+        for name in (*structure, "teacher_model_name_or_path"):
+            if getattr(model, name) is not None:
+                raise UsageError(f"--binarize none trains a plain float model: leave out --{name}")
+        if training.method != "ste" or training.method_args is not None:
+            raise UsageError("--binarize none trains a plain float model: leave out --method and --method_args")
+    if model.teacher_model_name_or_path is None:
+        with user_errors():
+            training.check_teacher_is_named("--teacher_model_name_or_path")
 
 
 def check_limits(data: Any, *names: str) -> None:

@@ -1,31 +1,261 @@
-"""The distillation losses against their formulas, and the cache of the teacher's outputs."""
+"""The distillation losses against their formulas: which loss a head gets, and what counts in it."""
 
 import math
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_float_bert
+from tiny import SIZE, tiny_batch, tiny_float_bert, tiny_images, tiny_model, tiny_vit
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForMaskedImageModeling,
+)
 
-from hf_bnn.distillation import TeacherCache, TeacherOutput, hidden_loss, logits_loss
+from hf_bnn.distillation import Distillation, divergence, head_of, hidden_loss, problem_type
+
+QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def test_the_logits_loss_is_the_tempered_divergence():
-    student, teacher, temperature = torch.tensor([[0.3, -1.0]]), torch.tensor([[1.0, 0.5]]), 2.0
-    p = [math.exp(v / temperature) for v in (1.0, 0.5)]
-    q = [math.exp(v / temperature) for v in (0.3, -1.0)]
+def two(cls: type, config) -> tuple[nn.Module, nn.Module]:
+    """A student and a teacher of the same class."""
+    return cls(config).eval(), cls(config).eval()
+
+
+def decided(teacher: nn.Module) -> nn.Module:
+    """The teacher, with something to say: its logits are far from 0."""
+    with torch.no_grad():
+        teacher.classifier.bias.copy_(torch.tensor([4.0, -2.0, 1.0]))
+    return teacher
+
+
+def loss_of(student: nn.Module, teacher: nn.Module, batch: dict, temperature: float = 1.0, **weights: float):
+    lesson = Distillation(
+        **{"logits_weight": 1.0, "hidden_weight": 0.0, **weights},
+        temperature=temperature,
+        head=head_of(student),
+        config=getattr(student, "config", None),
+    )
+    with torch.no_grad():
+        own, theirs = (lesson.read(model(**batch, output_hidden_states=True), batch) for model in (student, teacher))
+        return lesson.loss(own, theirs, batch).item(), own, theirs
+
+
+def kl(student: list[float], teacher: list[float], temperature: float = 1.0) -> float:
+    """T^2 sum p log(p / q), written out."""
+    p, q = ([math.exp(v / temperature) for v in logits] for logits in (teacher, student))
     p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
-    expected = temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert logits_loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-5)
-    assert logits_loss(teacher, teacher).item() == pytest.approx(0.0, abs=1e-7)
+    return temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
-def test_the_logits_loss_of_a_regression_is_the_squared_error():
-    assert logits_loss(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [2.0]])).item() == pytest.approx(2.0)
+def rows_of(student: torch.Tensor, teacher: torch.Tensor, keep: torch.Tensor, temperature: float = 1.0) -> float:
+    """The mean of `kl` over the predictions that `keep` says."""
+    pairs = zip(student[keep].tolist(), teacher[keep].tolist(), strict=True)
+    losses = [kl(own, theirs, temperature) for own, theirs in pairs]
+    return sum(losses) / len(losses)
 
 
-def test_logits_of_another_shape_are_refused():
+def test_the_divergence_is_the_tempered_one_of_each_row():
+    student, teacher = torch.randn(3, 4), torch.randn(3, 4)
+    expected = [kl(a, b, 2.0) for a, b in zip(student.tolist(), teacher.tolist(), strict=True)]
+    assert divergence(student, teacher, 2.0).tolist() == pytest.approx(expected, rel=1e-4)
+    assert divergence(teacher, teacher).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_classifier_of_one_label_learns_the_softmax(temperature):
+    loss, own, theirs = loss_of(
+        tiny_model(num_labels=3), scramble(tiny_float_bert(num_labels=3)), tiny_batch(), temperature
+    )
+    own, theirs = own.predictions["logits"], theirs.predictions["logits"]
+    assert loss == pytest.approx(rows_of(own, theirs, torch.ones(4, dtype=torch.bool), temperature), rel=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_labels_that_do_not_exclude_each_other_are_learned_one_by_one(temperature):
+    kind = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    batch = {**tiny_batch(), "labels": torch.ones(4, 3)}
+    loss, own, theirs = loss_of(tiny_model(**kind), tiny_float_bert(**kind), batch, temperature)
+    pairs = zip(
+        own.predictions["logits"].flatten().tolist(), theirs.predictions["logits"].flatten().tolist(), strict=True
+    )
+    # A label is a choice between its logit and 0.
+    losses = [kl([a, 0.0], [b, 0.0], temperature) for a, b in pairs]
+    assert loss == pytest.approx(sum(losses) / 12, rel=1e-3)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_values_are_learned_by_their_squared_error_at_any_temperature(outputs):
+    kind = {"num_labels": outputs, "problem_type": "regression"}
+    batch = {**tiny_batch(), "labels": torch.ones(4, outputs)}
+    loss, own, theirs = loss_of(tiny_model(**kind), tiny_float_bert(**kind), batch, temperature=5.0)
+    expected = ((own.predictions["logits"] - theirs.predictions["logits"]) ** 2).mean()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_problem_is_inferred_as_transformers_does_it_and_unknown_ones_are_refused():
+    config, logits = BertConfig(num_labels=3), torch.zeros(2, 3)
+    assert problem_type(config, logits, torch.tensor([0, 1])) == "single_label_classification"
+    assert problem_type(config, logits, None) == "single_label_classification"
+    assert problem_type(config, logits, torch.zeros(2, 3)) == "multi_label_classification"
+    assert problem_type(config, logits[:, :1], torch.zeros(2)) == "regression"
+
+    class Odd:
+        problem_type = "ranking"
+
+    with pytest.raises(ValueError, match="problem_type='ranking': expected one of single_label_classification, multi"):
+        problem_type(Odd, logits, None)
+
+
+def padded(batch: dict[str, torch.Tensor], tokens: int) -> dict[str, torch.Tensor]:
+    """The same batch with more padding."""
+    fill = {"labels": -100}
+    return {
+        name: torch.cat([value, value.new_full((len(value), tokens), fill.get(name, 0))], 1)
+        for name, value in batch.items()
+    }
+
+
+@pytest.mark.parametrize("cls", [BertForTokenClassification, BertForMaskedLM])
+def test_tokens_count_where_they_have_a_label_and_are_no_padding(cls):
+    student, teacher = two(cls, BertConfig(**SIZE, **QUIET, num_labels=3))
+    batch = tiny_batch()
+    labels = torch.zeros_like(batch["input_ids"])
+    labels[:, 0] = -100
+    batch["labels"] = labels
+    loss, own, theirs = loss_of(student, teacher, batch)
+    keep = (labels != -100) & (batch["attention_mask"] == 1)
+    expected = rows_of(own.predictions["logits"], theirs.predictions["logits"], keep)
+    assert loss == pytest.approx(expected, rel=1e-3)
+    assert loss_of(student, teacher, padded(batch, 9))[0] == pytest.approx(loss, rel=1e-4)
+    del batch["labels"]
+    loss, own, theirs = loss_of(student, teacher, batch)
+    expected = rows_of(own.predictions["logits"], theirs.predictions["logits"], batch["attention_mask"] == 1)
+    assert loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_batch_without_one_label_has_no_loss_and_no_nan():
+    student, teacher = two(BertForTokenClassification, BertConfig(**SIZE, **QUIET))
+    batch = tiny_batch()
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    assert loss_of(student, teacher, batch)[0] == 0.0
+
+
+def test_spans_are_chosen_among_the_real_tokens():
+    student, teacher = two(BertForQuestionAnswering, BertConfig(**SIZE, **QUIET))
+    batch = {name: value for name, value in tiny_batch().items() if name != "labels"}
+    loss, own, theirs = loss_of(student, teacher, batch, temperature=2.0)
+    losses = []
+    for name in ("start_logits", "end_logits"):
+        for row, length in enumerate(batch["attention_mask"].sum(1)):
+            pair = (outputs.predictions[name][row, :length].tolist() for outputs in (own, theirs))
+            losses.append(kl(*pair, temperature=2.0))
+    assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-3)
+    for temperature in (0.5, 2.0):
+        once = loss_of(student, teacher, batch, temperature)[0]
+        assert loss_of(student, teacher, padded(batch, 9), temperature)[0] == pytest.approx(once, rel=1e-4)
+
+
+def test_the_choices_of_a_question_are_the_classes_and_their_hidden_states_count_without_padding():
+    student, teacher = two(BertForMultipleChoice, BertConfig(**SIZE, **QUIET))
+    batch = {name: value.view(2, 2, 6) for name, value in tiny_batch().items() if name != "labels"}
+    loss, own, theirs = loss_of(student, teacher, batch)
+    logits = own.predictions["logits"], theirs.predictions["logits"]
+    assert loss == pytest.approx(rows_of(*logits, torch.ones(2, dtype=torch.bool)), rel=1e-3)
+    weights = {"logits_weight": 0.0, "hidden_weight": 1.0}
+    once = loss_of(student, teacher, batch, **weights)[0]
+    more = {name: torch.cat([value, value.new_zeros(2, 2, 5)], 2) for name, value in batch.items()}
+    assert loss_of(student, teacher, more, **weights)[0] == pytest.approx(once, rel=1e-4)
+
+
+def test_a_language_model_learns_what_follows_each_token():
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    student, teacher = two(GPT2LMHeadModel, config)
+    batch = tiny_batch()
+    mask = batch["attention_mask"]
+    batch["labels"] = torch.where(mask == 1, batch["input_ids"], -100)
+    loss, own, theirs = loss_of(student, teacher, batch)
+    keep = torch.zeros(4, 6, dtype=torch.bool)
+    for row, length in enumerate(mask.sum(1)):
+        keep[row, : length - 1] = True
+    expected = rows_of(own.predictions["logits"], theirs.predictions["logits"], keep)
+    assert loss == pytest.approx(expected, rel=1e-3)
+    assert loss_of(student, teacher, padded(batch, 9))[0] == pytest.approx(loss, rel=1e-4)
+    unlabelled = {name: value for name, value in batch.items() if name != "labels"}
+    assert loss_of(student, teacher, unlabelled)[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_an_encoder_decoder_learns_its_targets_and_both_stacks():
+    config = T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    student, teacher = two(T5ForConditionalGeneration, config)
+    labels = torch.tensor([[5, 6, -100], [7, -100, -100], [1, 2, 3], [4, 5, 6]])
+    batch = {**tiny_batch(), "labels": labels}
+    loss, own, theirs = loss_of(student, teacher, batch, hidden_weight=0.0)
+    expected = rows_of(own.predictions["logits"], theirs.predictions["logits"], labels != -100)
+    assert loss == pytest.approx(expected, rel=1e-3)
+    weights = {"logits_weight": 0.0, "hidden_weight": 1.0}
+    loss, own, theirs = loss_of(student, teacher, batch, **weights)
+    masks = {"encoder_hidden_states": batch["attention_mask"], "decoder_hidden_states": labels != -100}
+    losses = [hidden_loss(own.hidden_states[name], theirs.hidden_states[name], mask) for name, mask in masks.items()]
+    assert loss == pytest.approx(sum(losses).item() / 2, rel=1e-5)
+
+
+def test_masked_patches_are_learned_by_their_squared_error():
+    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8)
+    config.patch_size = config.encoder_stride = 4
+    student, teacher = two(ViTForMaskedImageModeling, config)
+    batch = {"pixel_values": tiny_images()["pixel_values"], "bool_masked_pos": torch.zeros(4, 4, dtype=torch.bool)}
+    batch["bool_masked_pos"][:, 1] = True  # the upper right quarter of the image
+    loss, own, theirs = loss_of(student, teacher, batch)
+    error = (own.predictions["reconstruction"] - theirs.predictions["reconstruction"]) ** 2
+    assert loss == pytest.approx(error[:, :, :4, 4:].mean().item(), rel=1e-4)
+
+
+def test_images_are_classified_by_the_softmax():
+    student, teacher = tiny_vit(), tiny_vit()
+    loss, own, theirs = loss_of(student, teacher, {"pixel_values": tiny_images()["pixel_values"]})
+    logits = own.predictions["logits"], theirs.predictions["logits"]
+    assert loss == pytest.approx(rows_of(*logits, torch.ones(4, dtype=torch.bool)), rel=1e-3)
+
+
+def test_a_class_of_ones_own_is_judged_by_the_shape_of_its_logits():
+    lesson = Distillation(hidden_weight=0.0)
+    batch = {
+        "input_ids": torch.zeros(2, 5, dtype=torch.long),
+        "attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2]),
+    }
+    own, theirs = (lesson.read({"logits": torch.randn(2, 5, 3)}, batch) for _ in range(2))
+    expected = rows_of(own.predictions["logits"], theirs.predictions["logits"], batch["attention_mask"] == 1)
+    assert lesson.loss(own, theirs, batch).item() == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(
+        ValueError, match=r"nothing tells what logits of shape \(2, 3, 4, 4\) predict: name the model's"
+    ):
+        lesson.read({"logits": torch.randn(2, 3, 4, 4)}, batch)
+
+
+def test_outputs_that_cannot_be_compared_are_refused():
+    batch = {"input_ids": torch.zeros(4, 5, dtype=torch.long)}
+    lesson = Distillation(hidden_weight=0.0)
+    own, theirs = (lesson.read({"logits": torch.zeros(4, labels)}, batch) for labels in (2, 3))
     with pytest.raises(ValueError, match=r"the teacher's logits are \(4, 3\), the student's \(4, 2\)"):
-        logits_loss(torch.zeros(4, 2), torch.zeros(4, 3))
+        lesson.loss(own, theirs, batch)
+    with pytest.raises(ValueError, match=r"the teacher puts out no 'logits', only \['scores'\]: take a model with the"):
+        lesson.read({"scores": torch.zeros(4, 2)}, batch)
+    with pytest.raises(ValueError, match="the teacher puts out no hidden states: set distillation_hidden_weight=0"):
+        Distillation().read({"logits": torch.zeros(4, 2)}, batch)
+    tokens = Distillation(hidden_weight=0.0, head=head_of(BertForTokenClassification(BertConfig(**SIZE))))
+    odd = {"attention_mask": torch.ones(4, 7), "labels": torch.zeros(4, 7)}
+    own, theirs = (tokens.read({"logits": torch.zeros(4, 5, 3)}, odd) for _ in range(2))
+    with pytest.raises(ValueError, match=r"predictions of shape \(4, 5\), but its labels and masks are of \[\(4, 7\)"):
+        tokens.loss(own, theirs, odd)
 
 
 def test_the_hidden_loss_is_the_mean_of_scaled_errors_over_the_tokens_that_are_not_padding():
@@ -39,6 +269,8 @@ def test_the_hidden_loss_is_the_mean_of_scaled_errors_over_the_tokens_that_are_n
     padded = [state.clone() for state in student]
     padded[1][0, 3] = 1e6
     torch.testing.assert_close(hidden_loss(padded, teacher, mask), expected)
+    with pytest.raises(ValueError, match=r"states are \(2, 4, 8\), the mask \(2, 9\): nothing tells which of them are"):
+        hidden_loss(student, teacher, torch.ones(2, 9))
 
 
 def test_a_shallower_student_learns_from_evenly_spaced_layers():
@@ -60,64 +292,3 @@ def test_feature_maps_are_compared_if_their_shapes_agree():
         ValueError, match=r"are \(2, 5, 4, 4\), the student's \(2, 6, 4, 4\): set distillation_hidden_w"
     ):
         hidden_loss(own, [theirs[0], torch.randn(2, 5, 4, 4)])
-
-
-class Teacher:
-    """Counts how often it is asked."""
-
-    def __init__(self):
-        self.model, self.calls = tiny_float_bert().eval(), 0
-
-    @torch.no_grad()
-    def __call__(self, inputs) -> TeacherOutput:
-        self.calls += 1
-        output = self.model(**inputs, output_hidden_states=True)
-        return TeacherOutput(output.logits, output.hidden_states)
-
-
-def inputs(rows: list[int], tokens: int = 6) -> dict[str, torch.Tensor]:
-    batch = {name: value[rows, :tokens] for name, value in tiny_batch(8).items() if name != "labels"}
-    return batch
-
-
-def test_the_cache_gives_what_the_teacher_gave_whatever_the_batch():
-    teacher, cache = Teacher(), TeacherCache(2**20)
-    for rows in ([0, 1, 2, 3], [4, 5, 6, 7]):
-        batch = inputs(rows)
-        cache.get(batch, lambda batch=batch: teacher(batch))
-    mixed = inputs([5, 2, 7])
-    got = cache.get(mixed, lambda: pytest.fail("the teacher was asked again"))
-    fresh = teacher(mixed)
-    torch.testing.assert_close(got.logits, fresh.logits)
-    mask = mixed["attention_mask"].bool()
-    for ours, theirs in zip(got.hidden_states, fresh.hidden_states, strict=True):
-        torch.testing.assert_close(ours[mask].float(), theirs[mask], rtol=1e-2, atol=1e-2)  # kept in bfloat16
-    short = inputs([1, 3], tokens=4)  # the same examples with less padding
-    cache.get(short, lambda: pytest.fail("the teacher was asked again"))
-    assert teacher.calls == 3
-
-
-def test_another_example_is_not_taken_for_a_known_one():
-    teacher, cache = Teacher(), TeacherCache(2**20)
-    batch = inputs([0, 1])
-    cache.get(batch, lambda: teacher(batch))
-    other = {**batch, "input_ids": batch["input_ids"] + 1}
-    cache.get(other, lambda: teacher(other))
-    longer = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
-    cache.get(longer, lambda: teacher(longer))
-    assert teacher.calls == 3
-
-
-def test_the_cache_stays_below_its_limit_and_stands_aside_for_images():
-    teacher = Teacher()
-    full, off = TeacherCache(2000), TeacherCache(0)
-    batch = inputs([0, 1, 2, 3])
-    for cache in (full, off, full, off):
-        cache.get(batch, lambda: teacher(batch))
-    assert teacher.calls == 4
-    assert 0 <= full.bytes <= 2000
-    pixels = {"pixel_values": torch.zeros(1, 3, 2, 2), "attention_mask": torch.ones(1, 1)}
-    output = TeacherOutput(torch.zeros(1, 2), ())
-    cache = TeacherCache(2**20)
-    assert cache.get(pixels, lambda: output) is output
-    assert not cache.examples

@@ -24,10 +24,12 @@ FLOORS = [
     {"fused", "fast_path", "execution", "selection"},
     {"convert", "summary"},
     {"training", "diagnostics", "distillation", "glue", "model_card", "checkpoints"},
-    {"models", "run_record", "precision", "batch_norm", "argument_checks", "jit_checkpoint", "uploads"},
+    {"models", "run_record", "precision", "batch_norm", "argument_checks", "jit_checkpoint", "uploads"}
+    | {"preparation", "teacher", "trials"},
     {"resumable_trainer"},
     {"checked_trainer"},
-    {"quantizer", "trainer"},
+    {"quantizer", "taught_trainer"},
+    {"trainer"},
     {"__init__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -35,6 +37,7 @@ MAY_IMPORT_TRANSFORMERS = {"models", "quantizer", "checked_trainer", "trainer"} 
     "jit_checkpoint",
     "resumable_trainer",
     "run_record",
+    "trials",
     "uploads",
 }
 
