@@ -17,6 +17,8 @@ from datasets.exceptions import DatasetsError
 from errors import UsageError
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, PreTrainedConfig
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
 from hf_bnn import BinaryTrainingArguments
 from hf_bnn.checked_trainer import NonFiniteTrainingError, last_complete_checkpoint
@@ -124,7 +126,23 @@ def checkpoint_to_resume(training: BinaryTrainingArguments, logger: logging.Logg
             )
     if not Path(asked).is_dir():
         raise UsageError(f"resume_from_checkpoint={asked!r}: no such folder; True takes the last of output_dir")
+    check_can_resume(asked)
     return asked
+
+
+def check_can_resume(folder: str) -> None:
+    """Raise UsageError for a folder from which no training goes on."""
+    config = Path(folder) / CONFIG_NAME
+    stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if stored.get("weight_format") == "packed":
+        what = "is a packed model, which has no latent weights to go on from"
+    elif not (Path(folder) / TRAINER_STATE_NAME).is_file():
+        what = f"is no checkpoint (it has no {TRAINER_STATE_NAME})"
+    else:
+        return
+    near = sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+    others = f"in it are {shown(near)}" if near else "a checkpoint is a folder checkpoint-N in the output_dir of a run"
+    raise UsageError(f"resume_from_checkpoint={folder!r} {what}: {others}; True takes the last of output_dir")
 
 
 def check_packed_structure(name: str, structure: dict[str, Any], stored: PreTrainedConfig) -> None:

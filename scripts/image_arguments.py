@@ -34,6 +34,12 @@ class DataTrainingArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
     train_dir: str | None = field(default=None, metadata={"help": "A folder of images, in one folder per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "Of the same kind as train_dir."})
+    test_dir: str | None = field(
+        default=None, metadata={"help": "For --do_predict: a folder of images, and of folders of them, without labels."}
+    )
+    test_split_name: str = field(
+        default="test", metadata={"help": "For --do_predict without a test_dir: the split; needs no labels."}
+    )
     validation_split_name: str | None = field(
         default=None, metadata={"help": "The split to evaluate on. Default: validation."}
     )
@@ -42,6 +48,7 @@ class DataTrainingArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on N examples only, drawn by seed."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate N examples only, drawn by seed."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first N images only."})
     image_column_name: str | None = field(
         default=None, metadata={"help": "The column of the images. Default: the only one that holds any."}
     )
@@ -168,9 +175,12 @@ def parse(command_line: list[str] | None = None, description: str | None = None)
 
 def check_data_arguments(data: DataTrainingArguments, training: BinaryTrainingArguments) -> None:
     """Raise UsageError unless it is clear what to do and on which data."""
-    if not (training.do_train or training.do_eval):
-        raise UsageError("nothing to do: give --do_train or --do_eval")
-    if data.dataset_name is None and data.train_dir is None and data.validation_dir is None:
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
+    if training.do_predict and data.test_dir is None and (data.dataset_name is None or data.streaming):
+        raise UsageError("--do_predict needs --test_dir, a folder of images; or --dataset_name without --streaming")
+    labelled = training.do_train or training.do_eval
+    if labelled and data.dataset_name is None and data.train_dir is None and data.validation_dir is None:
         raise UsageError(
             "no data: give --dataset_name (a dataset of the Hub, or a folder), or --train_dir and --validation_dir "
             "(folders of images)"

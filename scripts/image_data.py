@@ -47,7 +47,7 @@ def picture(value: dict[str, Any] | None, channels: int, where: str) -> Image.Im
 class Pictures(Dataset):
     """The images of a split as evaluation sees them, kept in memory if they take no more than `memory` bytes.
 
-    `classes`: the model's class for each value in the label column.
+    `classes`: the model's class for each value in the label column. Without one (None) the items have no label.
     """
 
     def __init__(
@@ -55,13 +55,15 @@ class Pictures(Dataset):
         rows: datasets.Dataset,
         split: str,
         image_column: str,
-        label_column: str,
+        label_column: str | None,
         classes: dict[Any, int],
         preprocessing: Preprocessing,
         memory: float = 0,
     ):
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False)).select_columns([image_column])
-        self.labels = np.array([classes[value] for value in rows[label_column][:]], np.int64)
+        self.labels = None
+        if label_column is not None:
+            self.labels = np.array([classes[value] for value in rows[label_column][:]], np.int64)
         self.split, self.column, self.preprocessing = split, image_column, preprocessing
         shape = (len(rows), preprocessing.channels, *preprocessing.size)
         self.kept = None
@@ -71,7 +73,7 @@ class Pictures(Dataset):
                 self.kept[index] = preprocessing.arranged(self.picture(index))
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.rows)
 
     def picture(self, index: int) -> Image.Image:
         """The picture in row `index`."""
@@ -83,6 +85,8 @@ class Pictures(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
         """The images `indices`: torch's DataLoader asks for a batch at once."""
+        if self.labels is None:
+            return [{"pixels": x} for x in self.arranged(indices)]
         return [{"pixels": x, "label": y} for x, y in zip(self.arranged(indices), self.labels[indices], strict=True)]
 
     def arranged(self, indices: Sequence[int]) -> np.ndarray:
@@ -233,6 +237,8 @@ class Collator:
 
     def __call__(self, items: list[Item]) -> dict[str, Tensor]:
         images = self.preprocessing.normalized(torch.from_numpy(np.stack([item["pixels"] for item in items])))
+        if "label" not in items[0]:
+            return {"pixel_values": images}
         labels = torch.tensor([int(item["label"]) for item in items])
         if self.mixup_alpha > 0 and "key" in items[0]:
             rng = np.random.default_rng(int(items[0]["key"]))

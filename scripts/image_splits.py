@@ -25,19 +25,26 @@ from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
-Splits = dict[str, Any]  # "train" and "validation" -> Dataset, or IterableDataset of a stream
+Splits = dict[str, Any]  # "train", "validation" and "test" (without labels) -> Dataset, or IterableDataset of a stream
 EXTENSIONS = tuple(ImageFolder.EXTENSIONS)
 
 
 def load_splits(arguments: Arguments) -> Splits:
     """The splits that are used, by what they are used for. Raises UsageError for one that is missing."""
     data, training = arguments.data, arguments.training
+    folder = {}
+    if training.do_predict and data.test_dir is not None:
+        folder["test"] = limited(load_folder(data.test_dir), data.max_predict_samples, None)
+    if not (training.do_train or training.do_eval) and folder:
+        return folder
     found = load_data(arguments)
     wanted = {}
     if training.do_train:
         wanted["train"] = ("do_train", "train")
     if training.do_eval:
         wanted["validation"] = ("do_eval", data.validation_split_name or "validation")
+    if training.do_predict and not folder:
+        wanted["test"] = ("do_predict", data.test_split_name)
     if data.train_val_split is not None and "train" in found:
         column = data.label_column_name
         check_label_column(
@@ -47,20 +54,52 @@ def load_splits(arguments: Arguments) -> Splits:
         cut = found["train"].train_test_split(data.train_val_split, seed=training.seed, stratify_by_column=stratified)
         found = {**found, "train": cut["train"], data.validation_split_name or "validation": cut["test"]}
     for flag, split in wanted.values():
-        if split not in found:
-            others = [name for name in found if name != "train"]
-            choose = f"name another one in --validation_split_name ({', '.join(others)})" if others else ""
-            cut = "cut one off the training data with --train_val_split 0.1" if "train" in found else ""
-            ways = " or ".join(filter(None, [choose, cut])) if split != "train" else "choose another dataset"
-            raise UsageError(f"--{flag} needs a split {split!r}; the dataset has: {', '.join(found)}: {ways}")
-    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples}
-    return {use: limited(found[split], limits[use], training.seed) for use, (_, split) in wanted.items()}
+        check_split_name(flag, split, found)
+    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
+    seeds = {"train": training.seed, "validation": training.seed, "test": None}
+    used = {use: limited(found[split], limits[use], seeds[use]) for use, (_, split) in wanted.items()}
+    for use, rows in used.items():
+        if isinstance(rows, Dataset) and not len(rows):
+            raise UsageError(f"the {use} data holds no row: name another split or dataset")
+    return {**used, **folder}
 
 
-def limited(rows: Any, count: int | None, seed: int) -> Any:
-    """`count` of the rows, drawn by seed (folders of images are sorted by class); of a stream, the first ones."""
+def check_split_name(flag: str, split: str, found: Splits) -> None:
+    """Raise UsageError if the dataset has not the split that this argument works on."""
+    if split in found:
+        return
+    others = [name for name in found if name != "train"]
+    argument = "--test_split_name" if flag == "do_predict" else "--validation_split_name"
+    choose = f"name another one in {argument} ({', '.join(others)})" if others else ""
+    cuttable = flag == "do_eval" and "train" in found
+    cut = "cut one off the training data with --train_val_split 0.1" if cuttable else ""
+    other = "choose another dataset"
+    ways = [] if flag == "do_train" else list(filter(None, [choose, cut]))
+    raise UsageError(
+        f"--{flag} needs a split {split!r}; the dataset has: {', '.join(found)}: {' or '.join(ways) or other}"
+    )
+
+
+def load_folder(name: str) -> Dataset:
+    """The images in a folder and in the folders in it, by name, without labels."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UsageError(f"test_dir {name!r} is no folder")
+    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not paths:
+        raise UsageError(f"test_dir {name!r} holds no image: expected files like {', '.join(EXTENSIONS[:3])}, ...")
+    return Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+
+
+def limited(rows: Any, count: int | None, seed: int | None) -> Any:
+    """`count` of the rows, drawn by seed (folders of images are sorted by class); of a stream, the first ones.
+
+    Without a seed too, the first ones.
+    """
     if count is None:
         return rows
+    if isinstance(rows, Dataset) and seed is None:
+        return rows.select(range(min(len(rows), count)))
     if isinstance(rows, Dataset):
         return rows.shuffle(seed=seed).select(range(min(len(rows), count)))
     return rows.take(count)
@@ -79,7 +118,10 @@ def load_data(arguments: Arguments) -> DatasetDict | IterableDatasetDict:
     saved = Path(data.dataset_name)
     if (saved / "dataset_dict.json").is_file() and not data.streaming:
         return load_from_disk(str(saved))
-    return load_dataset(data.dataset_name, data.dataset_config_name, **hub)
+    try:
+        return load_dataset(data.dataset_name, data.dataset_config_name, **hub)
+    except ValueError as error:
+        raise UsageError(f"{data.dataset_name}: {error}") from error
 
 
 def check_class_folders(folders: dict[str, str]) -> None:
@@ -138,6 +180,15 @@ def read_labels(arguments: Arguments, splits: Splits, config: PreTrainedConfig, 
     for split, rows in splits.items():
         if rows.features is None:
             splits[split] = rows._resolve_features()
+    splits = {split: rows for split, rows in splits.items() if split != "test"}
+    if not splits:  # only to predict: the model knows its classes
+        if not trained:
+            raise UsageError(
+                f"--do_predict needs a trained classifier, and {model or 'a model from scratch'} is none: give "
+                "--do_train too, or name one in --model_name_or_path"
+            )
+        return Labels([str(config.id2label[index]) for index in range(config.num_labels)], {})
+    for split in splits:
         kinds = ("int", "uint", "bool", "string", "large_string")
         check_label_column(column, split, splits[split], kinds, "one integer or string per row")
     first = next(iter(splits.values()))

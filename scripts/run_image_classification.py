@@ -10,7 +10,8 @@ The arguments are named as in transformers' example of this name; a json file of
 overrides it. Without a checkpoint, `--model_type vit|resnet --config_overrides "hidden_size=96,..."` starts from
 scratch. `--binarize none` trains the float model (a teacher). What is written: the packed model with its image
 processor, `checkpoint-N` folders (latent, to be resumed), `train_results.json`, `eval_results.json`,
-`all_results.json`, `trainer_state.json`; the first step of `--two_step` writes the same into `first_step`.
+`all_results.json`, `trainer_state.json`, and by `--do_predict` `predict_results.tsv`; the first step of `--two_step`
+writes the same into `first_step`.
 """
 
 from __future__ import annotations
@@ -19,39 +20,22 @@ import copy
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import datasets
-import numpy as np
+from classification_metrics import ClassificationMetrics, first, predicted, save_evaluation
 from commandline import checkpoint_to_resume, run, set_up_logging, user_errors
-from datasets import Dataset
 from errors import UsageError
 from image_arguments import Arguments, parse
-from image_data import (
-    AugmentedPictures,
-    Collator,
-    EpochCallback,
-    Pictures,
-    SoftCrossEntropy,
-    StreamedPictures,
-    picture,
-)
-from image_models import (
-    family_of,
-    has_trained_head,
-    load_model,
-    load_processor,
-    load_teacher,
-    make_processor,
-    stored_config,
-)
-from image_splits import Splits, image_column, load_splits, measured, read_labels
-from image_transforms import Augmentation, Preprocessing, torchvision_transform
+from image_data import AugmentedPictures, Collator, EpochCallback, SoftCrossEntropy
+from image_inputs import Run, check_size, find_processor, make_datasets, prediction_inputs
+from image_models import family_of, has_trained_head, load_model, load_teacher, stored_config
+from image_splits import load_splits, read_labels
+from image_transforms import Preprocessing
 from labels import Labels
-from PIL import Image
-from stream_trainer import SharedStreams, rows_per_turn
-from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel, set_seed
-from transformers.image_processing_utils import BaseImageProcessor
+from predictions import predict_in_order, write_predictions
+from stream_trainer import SharedStreams
+from training_checks import warn_of_habits
+from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from hf_bnn import BinaryTrainer, BinaryTrainingArguments
 from hf_bnn.allocator import keep_freed_memory
@@ -62,98 +46,26 @@ from hf_bnn.packed import is_packed
 logger = logging.getLogger("run_image_classification")
 
 FIRST_STEP = "first_step"
-SMALL = 64  # pixels: up to here images are shifted rather than cropped, and taken as large as they are
-SAMPLE, STREAM_SAMPLE = 2000, 200  # images whose mean and standard deviation stand for all
-
-
-class Run(NamedTuple):
-    """What a run works with, beside its arguments: the same in both steps of --two_step."""
-
-    splits: Splits
-    labels: Labels
-    stored: PreTrainedConfig
-
-
-# The data
-
-
-def find_processor(arguments: Arguments, splits: Splits, config: PreTrainedConfig) -> BaseImageProcessor:
-    """The checkpoint's image processor, or one made for this data and model."""
-    processor = load_processor(arguments.model)
-    if processor is not None:
-        return processor
-    images = sample(arguments, *next(iter(splits.items())), config.num_channels)
-    size = getattr(config, "image_size", None) or arguments.model.image_size
-    if size is None:
-        sizes = {side for image in images for side in image.size}
-        size = sizes.pop() if len(sizes) == 1 and max(sizes) <= SMALL else 224
-    plain = [0.5] * config.num_channels
-    geometry = Preprocessing(make_processor(size, plain, plain), config.num_channels)
-    return make_processor(size, *measured(np.stack([geometry.arranged(image) for image in images])))
-
-
-def sample(arguments: Arguments, split: str, rows: Any, channels: int) -> list[Image.Image]:
-    """Images from all over a split; of a stream, the first ones."""
-    column = image_column(arguments.data, rows)
-    rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    if isinstance(rows, Dataset):
-        indices = np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE)).astype(int).tolist()
-        rows = rows.select(indices)
-    else:
-        indices, rows = range(STREAM_SAMPLE), rows.take(STREAM_SAMPLE)
-    named = zip(indices, rows, strict=False)  # a stream may be shorter
-    return [picture(row[column], channels, f"row {index} of the {split} data") for index, row in named]
-
-
-def make_augmentation(arguments: Arguments, size: tuple[int, int]) -> Augmentation:
-    """What training does to images that the model takes in this size."""
-    data = arguments.data
-    kind = data.augmentation
-    if kind == "auto":
-        kind = "cifar" if max(size) <= SMALL else "imagenet"
-    name = data.torchvision_transform
-    return Augmentation(
-        kind,
-        data.crop_padding,
-        (data.crop_min_scale, 1.0),
-        data.flip_probability,
-        data.color_jitter,
-        torchvision_transform(name) if name else None,
-    )
-
-
-def make_datasets(arguments: Arguments, found: Run, preprocessing: Preprocessing) -> dict[str, Any]:
-    """The splits as Trainer takes them."""
-    data, training = arguments.data, arguments.training
-    augmentation = make_augmentation(arguments, preprocessing.size)
-    result = {}
-    for split, rows in found.splits.items():
-        columns = (image_column(data, rows), data.label_column_name)
-        given = (rows, split, *columns, found.labels.classes, preprocessing)
-        augmented = {"augmentation": augmentation, "seed": training.seed} if split == "train" else {}
-        if isinstance(rows, Dataset):
-            kind = AugmentedPictures if augmented else Pictures
-            result[split] = kind(*given, memory=data.images_in_memory_gb * 2**30, **augmented)
-            logger.info(f"{split}: {len(rows)} images, in memory: {result[split].kept is not None}")
-        else:
-            buffer = {"shuffle_buffer": data.shuffle_buffer} if augmented else {}
-            turn = rows_per_turn(training, endless=bool(augmented))
-            result[split] = StreamedPictures(*given, **augmented, **buffer, rows_per_turn=turn)
-            logger.info(f"{split}: streamed")
-    return result
 
 
 # The run
 
 
-def accuracy(outputs: EvalPrediction) -> dict[str, float]:
+class Metrics:
     """`compute_metrics` for Trainer."""
-    logits = outputs.predictions[0] if isinstance(outputs.predictions, tuple) else outputs.predictions
-    return {"accuracy": float((logits.argmax(-1) == outputs.label_ids).mean())}
+
+    def __init__(self, labels: Labels):
+        self.classes, self.labels = ClassificationMetrics(labels, logger), labels
+
+    def __call__(self, outputs: EvalPrediction) -> dict[str, float]:
+        return self.classes(predicted(first(outputs.predictions), self.labels), outputs.label_ids)
 
 
-def make_trainer(arguments: Arguments, found: Run, model: PreTrainedModel) -> CheckedTrainer:
-    """BinaryTrainer; CheckedTrainer where nothing binary is trained: a float model, or a packed one to evaluate."""
+def make_trainer(arguments: Arguments, found: Run, model: PreTrainedModel) -> tuple[CheckedTrainer, dict[str, Any]]:
+    """BinaryTrainer; CheckedTrainer where nothing binary is trained: a float model, or a packed one to evaluate.
+
+    And the splits as it takes them.
+    """
     training = arguments.training
     if is_packed(model) and not training.do_train and (training.fp16 or training.bf16):
         raise UsageError("a binary model is evaluated in float32: leave out --fp16 and --bf16")
@@ -170,6 +82,8 @@ def make_trainer(arguments: Arguments, found: Run, model: PreTrainedModel) -> Ch
     training.remove_unused_columns = False  # items become the model's arguments in the collator
     binary = bool(binary_layers(model)) or (is_packed(model) and training.do_train)
     kind, more = (BinaryTrainer if binary else CheckedTrainer), {}
+    if binary and training.do_train:
+        warn_of_habits(training, arguments.model.teacher_model_name_or_path, logger)
     if arguments.data.streaming:
         kind = type(kind.__name__, (SharedStreams, kind), {})
     if arguments.model.teacher_model_name_or_path is not None and training.do_train:
@@ -184,7 +98,7 @@ def make_trainer(arguments: Arguments, found: Run, model: PreTrainedModel) -> Ch
         args=training,
         train_dataset=train,
         eval_dataset=images.get("validation"),
-        compute_metrics=accuracy,
+        compute_metrics=Metrics(found.labels),
         data_collator=Collator(preprocessing, found.labels.count, arguments.data.mixup_alpha),
         processing_class=processor,
         callbacks=[EpochCallback(train)] if isinstance(train, AugmentedPictures) else None,
@@ -192,18 +106,7 @@ def make_trainer(arguments: Arguments, found: Run, model: PreTrainedModel) -> Ch
     )
     # Most heads ignore num_items_in_batch: with accumulation the float model's gradient too would be a multiple.
     trainer.model_accepts_loss_kwargs = False
-    return trainer
-
-
-def check_size(config: PreTrainedConfig, preprocessing: Preprocessing) -> None:
-    """Raise UsageError if the processor's images are not of the size that the model takes."""
-    size = getattr(config, "image_size", None)
-    expected = tuple(size) if isinstance(size, list | tuple) else (size, size)
-    if size is not None and preprocessing.size != expected:
-        raise UsageError(
-            f"the image processor makes images of {preprocessing.size}, the model takes {expected}: "
-            "name another one in --image_processor_name"
-        )
+    return trainer, images
 
 
 def train(trainer: CheckedTrainer, resume: str | None) -> dict[str, float]:
@@ -224,8 +127,20 @@ def evaluate(trainer: CheckedTrainer) -> dict[str, float]:
     if hasattr(trainer.eval_dataset, "__len__"):
         metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    classes = trainer.compute_metrics.classes
+    if trainer.is_world_process_zero():
+        classes.log_table()
+    save_evaluation(trainer, metrics, classes.table)
     return metrics
+
+
+def predict(trainer: CheckedTrainer, arguments: Arguments, found: Run, images: Any) -> None:
+    """Write the predictions for the images to predict_results.tsv."""
+    logits = predict_in_order(trainer, images)
+    if trainer.is_world_process_zero():
+        path = Path(trainer.args.output_dir) / "predict_results.tsv"
+        write_predictions(path, logits, found.labels, prediction_inputs(arguments, found.splits["test"]))
+        logger.info(f"{len(logits)} predictions in {path}")
 
 
 def run_step(arguments: Arguments, found: Run, resume: str | None) -> dict[str, float]:
@@ -234,12 +149,14 @@ def run_step(arguments: Arguments, found: Run, resume: str | None) -> dict[str, 
     set_seed(training.seed)
     with user_errors():
         model = load_model(arguments.model, found.stored, found.labels)
-        trainer = make_trainer(arguments, found, model)
+        trainer, images = make_trainer(arguments, found, model)
     metrics: dict[str, float] = {}
     if training.do_train:
         metrics.update(train(trainer, resume))
     if training.do_eval:
         metrics.update(evaluate(trainer))
+    if training.do_predict:
+        predict(trainer, arguments, found, images["test"])
     if training.do_train:
         publish = trainer.push_to_hub if training.push_to_hub else trainer.create_model_card
         publish(**card_fields(arguments))
@@ -264,7 +181,7 @@ def first_step(arguments: Arguments) -> Arguments:
     """The arguments of the first step of --two_step."""
     training = part(arguments.training, arguments.model.two_step_fraction)
     training.output_dir = str(Path(training.output_dir) / FIRST_STEP)
-    training.push_to_hub = training.save_packed = False
+    training.push_to_hub = training.save_packed = training.do_predict = False
     return arguments._replace(model=replace(arguments.model, binarize="activations"), training=training)
 
 
@@ -315,6 +232,8 @@ def main(command_line: list[str] | None = None) -> dict[str, float]:
     if training.device.type == "cpu":
         keep_freed_memory()
     set_seed(training.seed)
+    alone = training.do_train and not arguments.model.two_step
+    resume = checkpoint_to_resume(training, logger) if alone else None
     with user_errors():
         stored = stored_config(arguments.model)
         splits = load_splits(arguments)
@@ -322,7 +241,6 @@ def main(command_line: list[str] | None = None) -> dict[str, float]:
         found = Run(splits, read_labels(arguments, splits, stored, trained), stored)
     if arguments.model.two_step:
         return run_two_steps(arguments, found)
-    resume = checkpoint_to_resume(training, logger) if training.do_train else None
     return run_step(arguments, found, resume)
 
 

@@ -3,6 +3,7 @@
 python scripts/update_readme.py
 """
 
+import argparse
 import json
 import math
 import re
@@ -215,6 +216,7 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
     readme = ROOT / "README.md"
     readme.write_text(updated(readme.read_text(encoding="utf-8")), encoding="utf-8")

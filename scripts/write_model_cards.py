@@ -3,6 +3,7 @@
 python scripts/write_model_cards.py
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def cards() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     CARDS.mkdir(exist_ok=True)
     for name, text in cards().items():
         (CARDS / name).write_text(text, encoding="utf-8")

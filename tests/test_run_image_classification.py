@@ -1,9 +1,11 @@
 """scripts/run_image_classification.py: on folders, datasets and streams, on wrong input, resumed, in two processes."""
 
+import csv
 import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +20,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets.utils.logging import get_verbosity, set_verbosity
 from fake_hub import FakeHub
-from image_arguments import parse_overrides
+from image_arguments import ModelArguments, parse_overrides
 from image_data import Collator
+from image_inputs import SMALL_CONFIGS, check_small_images
+from image_models import load_model, stored_config
+from labels import Labels
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -32,6 +37,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from hf_bnn import BinaryViTForImageClassification, pack_
 from hf_bnn.layers import binary_layers
 from hf_bnn.packed import is_packed
 
@@ -121,6 +127,7 @@ def run(script: ModuleType, tmp_path: Path) -> Run:
     def start(*arguments: object) -> dict[str, float]:
         given = list(map(str, arguments))
         defaults = {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "learning_rate": 5e-3}
+        defaults["overwrite_output_dir"] = "true"
         rest = [text for name, value in defaults.items() if f"--{name}" not in given for text in (f"--{name}", value)]
         return script.main([*given, *map(str, rest), *QUIET])
 
@@ -292,6 +299,147 @@ def test_a_float_checkpoint_without_a_class_of_its_own_becomes_binary_too(run: R
     assert run(*folders, *more, "--do_eval")["eval_accuracy"] == metrics["eval_accuracy"]
     with pytest.raises(ValueError, match="--attention is for ViT: leave it out with a 'convnext' model"):
         run(*folders, *CONVNEXT, *TRAIN, "--attention", "binary")
+
+
+# Predictions
+
+
+def read_predictions(folder: Path) -> list[dict[str, str]]:
+    with (folder / "predict_results.tsv").open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def save_packed_vit(folder: Path) -> Path:
+    """A packed classifier of the two colours, with its image processor."""
+    base = save_vit(
+        folder / "float", id2label=dict(enumerate(NAMES)), label2id={name: i for i, name in enumerate(NAMES)}
+    )
+    pack_(BinaryViTForImageClassification.from_pretrained(base)).save_pretrained(folder / "packed")
+    AutoImageProcessor.from_pretrained(base).save_pretrained(folder / "packed")
+    return folder / "packed"
+
+
+@pytest.mark.parametrize("kind", ["flat", "classes", "nested"])
+def test_images_of_a_folder_are_predicted_with_or_without_folders_of_classes(run: Run, tmp_path: Path, kind: str):
+    model, folder = save_packed_vit(tmp_path), tmp_path / "new"
+    names = {"flat": "{0}.png", "classes": "{1}/{0}.png", "nested": "a/{1}/b/{0}.JPG"}[kind]
+    images = {names.format(index, NAMES[index % 2]): image(index % 2, index) for index in range(5)}
+    for name, picture in images.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / name, quality=100)
+    (folder / "notes.txt").write_text("not an image")
+    run("--model_name_or_path", model, "--do_predict", "--test_dir", folder, "--per_device_eval_batch_size", 2)
+    found = read_predictions(tmp_path / "out")
+    assert list(found[0]) == ["index", "prediction", "score", "p(blue)", "p(red)", "image"]
+    assert [row["image"] for row in found] == sorted(images)
+    classify = pipeline("image-classification", str(model), device="cpu")
+    for row in found:
+        best = classify(str(folder / row["image"]))[0]
+        assert (row["prediction"], float(row["score"])) == (best["label"], pytest.approx(best["score"], abs=1e-4))
+
+
+def test_the_test_split_of_a_dataset_is_predicted_after_training(run: Run, tmp_path: Path):
+    unlabelled = table(6).remove_columns("label")
+    data = write_parquet(tmp_path / "data", train=table(), validation=table(), test=unlabelled)
+    run("--dataset_name", data, *VIT, *TRAIN, "--do_predict", "--max_predict_samples", 5)
+    assert [row["index"] for row in read_predictions(tmp_path / "out")] == ["0", "1", "2", "3", "4"]
+    again = ["--dataset_name", data, "--model_name_or_path", tmp_path / "out", "--output_dir", tmp_path / "again"]
+    run(*again, "--do_predict", "--test_split_name", "validation")
+    assert len(read_predictions(tmp_path / "again")) == 16
+    with pytest.raises(ValueError, match=r"--do_predict needs a split 'x'; .*: name another one in --test_split_name"):
+        run(*again, "--do_predict", "--test_split_name", "x")
+
+
+NO_PREDICTION = {
+    "no data": (["MODEL"], "--do_predict needs --test_dir, a folder of images; or --dataset_name without --streaming"),
+    "no folder": (["MODEL", "--test_dir", "nowhere"], "test_dir 'nowhere' is no folder"),
+    "no image": (["MODEL", "--test_dir", "EMPTY"], "test_dir '.*empty' holds no image: expected files like "),
+    "no model": (
+        ["SCRATCH", "--test_dir", "IMAGES"],
+        "--do_predict needs a trained classifier, and a model from scratch",
+    ),
+    "no head": (
+        ["HEADLESS", "--test_dir", "IMAGES"],
+        r"needs a trained classifier, and .*headless is none: give --do_tr",
+    ),
+    "broken": (["MODEL", "--test_dir", "BROKEN"], r"the image of row 0 of the test data \(.*a.png\) cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), NO_PREDICTION.values(), ids=NO_PREDICTION)
+def test_what_cannot_be_predicted_is_told(run: Run, arguments: list[str], message: str, tmp_path: Path):
+    for name in ("empty", "broken", "images"):
+        (tmp_path / name).mkdir()
+    image(0, 0).save(tmp_path / "images/a.png")
+    (tmp_path / "broken/a.png").write_bytes(b"no image")
+    stands_for = {"EMPTY": [tmp_path / "empty"], "BROKEN": [tmp_path / "broken"], "IMAGES": [tmp_path / "images"]}
+    stands_for["SCRATCH"] = VIT
+    if "MODEL" in arguments:
+        stands_for["MODEL"] = ["--model_name_or_path", save_packed_vit(tmp_path)]
+    if "HEADLESS" in arguments:
+        stands_for["HEADLESS"] = ["--model_name_or_path", save_vit(tmp_path / "headless", trained=False)]
+    given = [text for argument in arguments for text in stands_for.get(argument, [argument])]
+    with pytest.raises(ValueError, match=message):
+        run(*given, "--do_predict")
+
+
+def test_evaluation_has_the_figures_of_each_class(run: Run, folders: list[str], tmp_path: Path):
+    run(*folders, "--model_name_or_path", save_packed_vit(tmp_path), "--do_eval")
+    found = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert found["eval_per_class"]["red"].keys() == {"precision", "recall", "f1", "support"}
+    mean = np.mean([row["f1"] for row in found["eval_per_class"].values()])
+    assert found["eval_macro_f1"] == pytest.approx(mean)
+
+
+# Small images
+
+
+SMALL_IMAGES = {
+    "vit": (
+        ["vit"],
+        32,
+        "a 'vit' from scratch takes 224 x 224 .*: give --image_size 32 --config_overrides \"patch_size=4,",
+    ),
+    "odd vit": (["vit"], 28, '--image_size 28 --config_overrides "patch_size=4,hidden_size=96,num_hidden_layers=3'),
+    "resnet": (
+        ["resnet"],
+        32,
+        "a 'resnet' from scratch is made for photographs: give --config_overrides \"stem=cifar,",
+    ),
+    "convnext": (
+        ["convnext"],
+        32,
+        "'convnext' from scratch.*: give --image_size 32 --config_overrides, with fewer and",
+    ),
+    "narrow vit": (["vit", "hidden_size=96"], 32, "takes 224 x 224 .*: give --image_size 32, or --config_name"),
+}
+
+
+@pytest.mark.parametrize(("model", "side", "message"), SMALL_IMAGES.values(), ids=SMALL_IMAGES)
+def test_small_images_in_a_model_for_photographs_are_told_what_to_choose(model: list[str], side: int, message: str):
+    arguments = ModelArguments(model_type=model[0], config_overrides=model[1] if model[1:] else None)
+    config = stored_config(arguments)
+    with pytest.raises(ValueError, match=f"the images are at most {side} x {side} pixels, but .*{message}"):
+        check_small_images(arguments, config, side)
+    check_small_images(arguments, config, 200)
+    example = re.search('--config_overrides "(.*)"', message)
+    assert example is None or parse_overrides(example[1])
+
+
+def test_what_is_advised_for_small_images_is_accepted():
+    for kind, small in SMALL_CONFIGS.items():
+        overrides = small.format(patch=4)
+        arguments = ModelArguments(model_type=kind, config_overrides=overrides, image_size=32)
+        config = stored_config(arguments)
+        check_small_images(arguments, config, 32)
+        model = load_model(arguments, config, Labels(NAMES, {}))
+        assert sum(p.numel() for p in model.parameters()) < 1e6
+        assert model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2)
+
+
+def test_small_images_are_noticed_before_training(run: Run, folders: list[str]):
+    with pytest.raises(ValueError, match=r"the images are at most 8 x 8 pixels, but a 'vit' from scratch takes 224"):
+        run(*folders, "--model_type", "vit", "--config_overrides", VIT_SIZE.replace("image_size=8,", ""), *TRAIN)
 
 
 # Streams
@@ -603,7 +751,7 @@ def test_a_transform_of_torchvision_needs_torchvision(run: Run, folders: list[st
 
 
 def test_there_must_be_something_to_do(run: Run, folders: list[str]):
-    with pytest.raises(ValueError, match="nothing to do: give --do_train or --do_eval"):
+    with pytest.raises(ValueError, match="nothing to do: give --do_train, --do_eval or --do_predict"):
         run(*folders, *VIT)
 
 
