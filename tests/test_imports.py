@@ -17,6 +17,7 @@ from hf_bnn import pack_
 
 PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
+    {"observers"},
     {"functional", "integrity", "allocator", "activations"},
     {"levels", "products", "methods", "embeddings", "kernels"},
     {"layers"},
