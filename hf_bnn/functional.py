@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .observers import transformed
+
 
 def sign(x: Tensor) -> Tensor:
     """-1 where `x < 0`, else +1, in the dtype of `x`: 0, -0.0 and NaN count as +1."""
@@ -26,9 +28,15 @@ def sign_int8(x: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, hard: Tensor, soft: Tensor) -> Tensor:
+    def forward(hard: Tensor, soft: Tensor) -> Tensor:
         return hard.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -148,6 +156,10 @@ def _signs_of_byte(device: torch.device) -> Tensor:
 
 def unpack_bits(packed: Tensor, size: int) -> Tensor:
     """Inverse of `pack_bits`: uint8 `(out, ceil(size / 8))` to int8 signs `(out, size)`."""
+    if torch.jit.is_tracing():  # it cannot record a view of other numbers
+        shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+        bits = packed.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and(1).flatten(1)
+        return (1 - 2 * bits.to(torch.int8))[:, :size]
     signs = _signs_of_byte(packed.device).index_select(0, packed.flatten().int())
     return signs.view(torch.int8).view(packed.shape[0], 8 * packed.shape[1])[:, :size]
 
@@ -213,7 +225,7 @@ def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _int8_product_takes(rows: Tensor, right: Tensor) -> bool:
-    if rows.numel() == 0 or right.numel() == 0:
+    if rows.numel() == 0 or right.numel() == 0 or transformed():  # vmap would run it row by row
         return False
     if rows.device.type == "cpu":
         return rows.shape[1] > 1  # of a single input torch 2.13 leaves the sums uninitialised

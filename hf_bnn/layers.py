@@ -22,12 +22,18 @@ HALF = (torch.bfloat16, torch.float16)
 class _Rescale(torch.autograd.Function):
     """product * (weight_scale * scale) + offset, float32, with few passes over memory. `weight_scale` is a constant."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, product: Tensor, weight_scale: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-        ctx.save_for_backward(product, weight_scale, scale)
-        ctx.offset_shape = None if offset is None else offset.shape
+    def forward(product: Tensor, weight_scale: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         y = product * (weight_scale * scale)
         return y if offset is None else y.add_(offset)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        product, weight_scale, scale, offset = inputs
+        ctx.save_for_backward(product, weight_scale, scale)
+        ctx.offset_shape = None if offset is None else offset.shape
 
     @staticmethod
     @once_differentiable

@@ -1,8 +1,9 @@
 """Inference layers: the bits of the weights under the key `weight`, and one scale per output channel."""
 
 import logging
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from . import kernels
 from .embeddings import BinaryEmbedding, Int8Embedding
 from .functional import clipped_sign, pack_bits, unpack_bits
+from .kernels.sources import Place, Sources, tensors_of
 from .kernels.weights import groups_are_large, takes_panels
 from .layers import BinaryConv2d, BinaryLinear, WeightedLayer, one_image, rescale, sign_product
 from .levels import SignedLevels
+from .observers import looked_on
 from .products import Conv2dProduct, LinearProduct
 from .state_forms import own_form
 
@@ -64,7 +67,7 @@ class _PackedWeight(_Packed):
 
     product: LinearProduct | Conv2dProduct
     has_kernel = True  # whether compiled kernels, where there are any, are faster than torch
-    _laid_out: tuple | None = None
+    _laid_out: "_LaidOut | None" = None
     _warned = False
 
     def hold(
@@ -115,7 +118,7 @@ class _PackedWeight(_Packed):
                 f"a packed layer was given {x.dtype} inputs: perhaps the model casts them to the dtype of the layer's "
                 "weight, as T5 does; leave that layer float (exclude=...) when the model is made binary"
             )
-        compiled = self.binary_inputs and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        compiled = self.binary_inputs and not torch.is_grad_enabled() and not looked_on()
         if compiled and x.numel() and x.device == self.weight.device and takes_panels(self.weight) and self.has_kernel:
             return self.run_compiled(x)
         signs, product = self.signs(), self.product
@@ -135,18 +138,42 @@ class _PackedWeight(_Packed):
         if any(parameter.requires_grad for parameter in self.parameters()):
             warn_of_training()
 
+    def places(self) -> list[Place]:
+        """Of all that `lay_out` reads."""
+        levels = self.input_levels
+        return [*tensors_of(self), (self._modules, "input_levels"), *tensors_of(levels)]
+
+    def call_of(self, operands: tuple) -> Callable[[Tensor], Tensor]:
+        """The product with what `lay_out` has made."""
+        raise NotImplementedError(f"{type(self).__name__} must say what runs it")
+
     def laid_out(self) -> tuple:
         """What `lay_out` makes: when first asked for, and anew when a tensor that it is made of has changed."""
-        tensors = (self.weight, self.weight_scale, self.bias, *self.input_levels._parameters.values())
-        # An inference tensor has no version; what it holds changes only where it is replaced.
-        state = [(id(t), t.data_ptr(), t.is_inference() or t._version) for t in tensors if t is not None]
-        state.append(kernels.backend())
-        if self._laid_out is None or self._laid_out[0] != state:
-            self._laid_out = (state, self.lay_out(), tensors)  # kept, so that no other gets the id of one of them
-        return self._laid_out[1]
+        return self.prepared().operands
+
+    def run_compiled(self, x: Tensor) -> Tensor:
+        return self.prepared().call(x)
+
+    def prepared(self) -> "_LaidOut":
+        """What `laid_out` returns, and a call of it."""
+        found = self._laid_out
+        if found is None or found.backend != kernels.backend() or not found.sources.same():
+            with torch.inference_mode(False), torch.no_grad():
+                sources, operands = Sources(self.places()), self.lay_out()
+                found = self._laid_out = _LaidOut(sources, kernels.backend(), operands, self.call_of(operands))
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_laid_out": None}  # a copy, or a pickle, makes its own
+
+
+class _LaidOut(NamedTuple):
+    """Operands as a backend's kernel takes them, and what they were made of."""
+
+    sources: Sources
+    backend: str
+    operands: tuple
+    call: Callable[[Tensor], Tensor]
 
 
 class PackedLinear(_PackedWeight, nn.Linear):
@@ -192,11 +219,14 @@ class PackedLinear(_PackedWeight, nn.Linear):
         if levels.shifted:
             offset = self.product.weight_sum(self.signs(), None) * (self.weight_scale * shift)
             offset = offset if self.bias is None else offset + self.bias
-        weight = kernels.LinearWeight.from_bits(self.weight, self.in_features)
-        return weight, self.weight_scale * scale, offset, levels.threshold()
+        return self.lay_weight(), self.weight_scale * scale, offset, levels.threshold()
 
-    def run_compiled(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, *self.laid_out())
+    def lay_weight(self) -> kernels.LinearWeight:
+        """The bits as a kernel takes them."""
+        return kernels.LinearWeight.from_bits(self.weight, self.in_features)
+
+    def call_of(self, operands: tuple) -> Callable[[Tensor], Tensor]:
+        return kernels.LinearCall(*operands)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -269,12 +299,15 @@ class PackedConv2d(_PackedWeight, nn.Conv2d):
         levels = self.input_levels
         scale, shift = levels.affine()
         shift = self.weight_scale * shift if levels.shifted else None
-        weight = kernels.Conv2dWeight.from_bits(self.weight, self.in_channels, self.groups)
         geometry = (self.stride, self.padding, self.dilation)
-        return weight, self.weight_scale * scale, self.bias, shift, *geometry, levels.threshold()
+        return self.lay_weight(), self.weight_scale * scale, self.bias, shift, *geometry, levels.threshold()
 
-    def run_compiled(self, x: Tensor) -> Tensor:
-        return kernels.conv2d(x, *self.laid_out())
+    def lay_weight(self) -> kernels.Conv2dWeight:
+        """The bits as a kernel takes them."""
+        return kernels.Conv2dWeight.from_bits(self.weight, self.in_channels, self.groups)
+
+    def call_of(self, operands: tuple) -> Callable[[Tensor], Tensor]:
+        return lambda x: kernels.conv2d(x, *operands)
 
 
 class _PackedEmbedding(_Packed, nn.Embedding):

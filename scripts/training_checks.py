@@ -47,7 +47,7 @@ def check_training(training: BinaryTrainingArguments) -> None:
 
 
 def check_kind_of_training(model: Any, training: BinaryTrainingArguments, *structure: str) -> None:
-    """Raise UsageError for arguments that say nothing of a float model (`structure`: fields of `model`), or of no teacher."""
+    """Raise UsageError for arguments of a binary model (`structure`) or a teacher where there is none."""
     if model.binarize == "none":
         for name in (*structure, "teacher_model_name_or_path"):
             if getattr(model, name) is not None:

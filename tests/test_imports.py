@@ -17,6 +17,7 @@ from hf_bnn import pack_
 
 PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
+    {"observers"},
     {"functional", "integrity", "allocator", "activations", "state_forms"},
     {"levels", "products", "methods", "embeddings", "kernels"},
     {"layers", "scalar_levels"},

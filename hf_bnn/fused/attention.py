@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..attention import BinaryAttention, BooleanAttention
+from ..kernels.sources import Place, tensors_of
 from .base import Fused
 
 
@@ -29,10 +30,15 @@ class _FusedProducts(Fused):
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         learns = self.learns(query) or self.learns(key) or self.learns(value)
-        plain = learns or need_weights or self.scores.partial or self.context.partial
+        plain = learns or need_weights or self.scores.partial or self.context.partial or not self.current()
         if plain or not query.dtype == key.dtype == value.dtype == torch.float32:
             return super().forward(query, key, value, mask, scaling, dropout, need_weights)
         return kernels.attention(query, key, value, self.kernel_levels, scaling, mask, self.softmax), None
+
+    def places(self) -> list[Place]:
+        products = [(self._modules, "scores"), (self._modules, "context")]
+        sides = [(part._modules, side) for part in self.children() for side in ("left_levels", "right_levels")]
+        return [*products, *sides, *(place for slot, side in sides for place in tensors_of(slot[side]))]
 
     @torch.no_grad()
     def derive(self) -> None:

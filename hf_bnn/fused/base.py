@@ -1,10 +1,14 @@
 """What tells a fused module from the plain one whose place it takes."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ..kernels.sources import Place, Sources
+from ..observers import looked_on
 
 
 class Planned:
@@ -28,17 +32,52 @@ class Fused:
     """
 
     made: ClassVar[tuple[str, ...]] = ()  # attributes that `derive` adds
+    sources: Sources | None = None  # what `derive` has read
 
     @classmethod
     def take_place_of(cls, module: nn.Module) -> None:
         """Make `module` one of these, in place."""
         module.__class__ = cls
-        module.derive()
+        module.sources = None
+        module.current()
         if _derive_again not in module._load_state_dict_post_hooks.values():  # left there by an earlier time
             module.register_load_state_dict_post_hook(_derive_again)
 
     def derive(self) -> None:
-        """Make what the fused forward needs, from the module's tensors: now, and after others were loaded."""
+        """Make what the fused forward needs, from the module's tensors as they are now."""
+
+    def places(self) -> list[Place]:
+        """Of all that `derive` reads."""
+        return []
+
+    def unread(self) -> list[Place]:
+        """Of what `derive` uses and whoever writes it replaces."""
+        return []
+
+    def current(self) -> bool:
+        """Whether what `derive` has made may be used: made anew if what it was made of has changed.
+
+        False, so that the plain forward must run, if it cannot be made anew since something looks on. While
+        torch.compile or torch.export trace, it is taken as it is.
+        """
+        if is_compiling() or (self.sources is not None and self.sources.same()):
+            return True
+        if looked_on():
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            self.derive()
+            self.sources = Sources(self.places(), self.unread())
+        return True
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        super()._apply(*args, **kwargs)
+        self.sources = None  # now, not in the next call: what was made of the scales may have been rounded
+        if not any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
+            self.current()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "sources": None}  # addresses: a copy, or a pickle, has its own
 
     @property
     def plain(self) -> type[nn.Module]:
@@ -48,7 +87,7 @@ class Fused:
 
     def restore(self) -> None:
         """Make the module what it was, in place."""
-        for name in self.made:
+        for name in (*self.made, "sources"):
             if name in self.__dict__ or name in self._modules or name in self._buffers:
                 delattr(self, name)
         self.__class__ = self.plain
@@ -60,4 +99,5 @@ class Fused:
 
 def _derive_again(module: nn.Module, incompatible_keys: object) -> None:
     if isinstance(module, Fused):
-        module.derive()
+        module.sources = None
+        module.current()

@@ -14,6 +14,7 @@ from ..activations import RPReLU
 from ..kernels import Conv2dBlock, Epilogue, backend, max_pool, normalization
 from ..kernels.conv2d_block import GROUPS, Level, rounds_once
 from ..kernels.operands import runs_directly
+from ..kernels.sources import Place, tensors_of
 from ..packed import PackedConv2d
 from .base import Fused
 
@@ -24,34 +25,6 @@ class Signs(NamedTuple):
     images: Tensor
     bits: Tensor | None = None
     owned: bool = False  # whether nobody else looks at `images`, so that the next block may write over them
-
-
-class Subtree:
-    """A module's parts and tensors as they were, to see whether any has been replaced or written to since then.
-
-    Not watched: numbers such as a stride or an eps, and what is written into inference tensors, which have no version.
-    """
-
-    def __init__(self, root: nn.Module):
-        self.modules = list(root.modules())
-        slots = [slot for module in self.modules for slot in (module._modules, module._parameters, module._buffers)]
-        self.links = [(slot, name, value) for slot in slots for name, value in slot.items()]
-        tensors = [value for _, _, value in self.links if isinstance(value, Tensor)]
-        self.tensors = [t for t in tensors if not t.is_inference()]  # those have no versions
-        self.addresses = [t.data_ptr() for t in self.tensors]
-        self.versions = [t._version for t in self.tensors]
-        self.backend = backend()
-
-    def same(self) -> bool:
-        return (
-            all(slot.get(name) is value for slot, name, value in self.links)
-            and [t._version for t in self.tensors] == self.versions
-            and [t.data_ptr() for t in self.tensors] == self.addresses
-            and backend() == self.backend
-        )
-
-    def training(self) -> bool:
-        return any(module.training for module in self.modules)
 
 
 def runs_fused(x: Tensor) -> bool:
@@ -115,26 +88,48 @@ class Shortcut(NamedTuple):
         return cls(module.convolution, Epilogue(shortcut_alpha=affine[0], shortcut_beta=affine[1]))
 
 
-class Watched(Fused):
-    """What is made of the weights is made once, and again when something that it is made of has changed."""
+DERIVED = "kernel_"  # how the names of tensors begin that fused layers make
 
-    made = ("_prepared",)
-    _prepared: tuple[Subtree, Any] | None = None
+
+class Watched(Fused):
+    """What is made of the weights is made when first asked for, and again when something in the block has changed.
+
+    Not watched: numbers such as a stride or an eps.
+    """
+
+    made = ("_prepared", "_backend", "_parts")
+    _prepared: Any = None
+    _backend: str | None = None
 
     def prepare(self) -> Any:
         """What is made of the present weights; None if there is something that cannot be fused."""
         raise NotImplementedError(f"{type(self).__name__} must say what it runs")
 
+    def derive(self) -> None:
+        for module in self.modules():
+            if module is not self and isinstance(module, Fused):
+                module.current()
+        self._parts = list(self.modules())
+        self._prepared, self._backend = self.prepare(), backend()
+
+    def places(self) -> list[Place]:
+        read = [module for module in self._parts if type(module) is not nn.Conv2d]  # which runs, and is not read
+        tensors = [place for module in read for place in tensors_of(module) if not place[1].startswith(DERIVED)]
+        return [*tensors, *((module._modules, name) for module in self._parts for name in module._modules)]
+
+    def unread(self) -> list[Place]:
+        return [place for module in self._parts for place in tensors_of(module) if place[1].startswith(DERIVED)]
+
     def ready(self) -> Any:
         """What `prepare` makes, anew when something that it is made of has changed; None: nothing is to be fused."""
-        if self._prepared is None or not self._prepared[0].same():
-            with torch.inference_mode(False), torch.no_grad():
-                self._prepared = (Subtree(self), self.prepare())
-        subtree, prepared = self._prepared
-        return None if subtree.training() else prepared
+        if self._backend != backend():
+            self.sources = None
+        if not self.current() or any(module.training for module in self._parts):
+            return None
+        return self._prepared
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # addresses: a copy, or a pickle, makes its own
+        return {**super().__getstate__(), "_prepared": None}  # addresses: a copy, or a pickle, makes its own
 
 
 class FusedStem(Watched):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels.operands import runs_directly
+from ..kernels.sources import Place, tensors_of
 from ..kernels.weights import PANEL, Conv2dWeight, LinearWeight, conv2d_signs, linear_signs, takes_panels
 from ..layers import one_image
 from ..packed import PackedConv2d, PackedLinear
@@ -26,9 +27,21 @@ class _KernelLayer(Fused):
         self._laid_out = None
         self.keep(*operands)
 
+    def places(self) -> list[Place]:
+        levels = self.input_levels
+        own = tensors_of(self, "bias", "weight_scale")
+        return [*own, (self._modules, "input_levels"), *tensors_of(levels)]
+
     def keep(self, *operands: Any) -> None:
         """Hold what `lay_out` has made."""
         raise NotImplementedError(f"{type(self).__name__} must say what its kernel takes")
+
+    def laid_weight(self) -> LinearWeight | Conv2dWeight:
+        """The bits as the kernel takes them, which hold them now."""
+        raise NotImplementedError(f"{type(self).__name__} must say how its weight is laid out")
+
+    def lay_weight(self) -> LinearWeight | Conv2dWeight:
+        return super().lay_weight() if "weight" in self._buffers else self.laid_weight()
 
     def hold_tensors(self, **tensors: Tensor | None) -> None:
         """Buffers that no state dict has, in the place of the bits: they move with the module like any other."""
@@ -67,7 +80,7 @@ class _KernelLayer(Fused):
             raise
 
 
-class KernelLinear(Planned, _KernelLayer, PackedLinear):
+class KernelLinear(_KernelLayer, PackedLinear):
     """A PackedLinear with its weight laid out for a kernel, weights-only ones too. Inference only.
 
     Without binary inputs the order of summation is the kernel's own: close to the packed layer's, not equal.
@@ -89,21 +102,26 @@ class KernelLinear(Planned, _KernelLayer, PackedLinear):
         )
 
     def laid_out(self) -> tuple:
-        weight = LinearWeight(self.kernel_weight, self.in_features, self.out_features)
-        return weight, self.kernel_scale, self.kernel_offset, self.kernel_threshold
+        return self.laid_weight(), self.kernel_scale, self.kernel_offset, self.kernel_threshold
+
+    def laid_weight(self) -> LinearWeight:
+        return LinearWeight(self.kernel_weight, self.in_features, self.out_features)
 
     def kernel_signs(self) -> Tensor:
         return linear_signs(self.kernel_weight, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training or not x.is_floating_point() or (torch.is_grad_enabled() and x.requires_grad):
-            return super().forward(
-                x
-            )  # asked here, too: a method that is called takes a tenth of a small product's time
+        # Written out: a method that is called takes a tenth of a small product's time.
+        plain = self.training or not x.is_floating_point() or (torch.is_grad_enabled() and x.requires_grad)
+        if plain or not self.current():
+            return super().forward(x)
         return self.call(x)
 
+    def run_compiled(self, x: Tensor) -> Tensor:
+        return self.call(x) if self.current() else super().forward(x)
 
-class KernelConv2d(Planned, _KernelLayer, PackedConv2d):
+
+class KernelConv2d(_KernelLayer, PackedConv2d):
     """A PackedConv2d with its weight laid out for a kernel. Inference only."""
 
     made = (*_KernelLayer.made, "kernel_corners", "kernel_shift", "call")
@@ -124,19 +142,24 @@ class KernelConv2d(Planned, _KernelLayer, PackedConv2d):
         return kernels.Conv2dBlock(*self.laid_out()) if taken else None
 
     def laid_out(self) -> tuple:
-        weight = Conv2dWeight(self.kernel_weight, self.kernel_corners, self.in_channels, self.groups)
         geometry = (self.stride, self.padding, self.dilation)
-        return weight, self.kernel_scale, self.bias, self.kernel_shift, *geometry, self.kernel_threshold
+        return self.laid_weight(), self.kernel_scale, self.bias, self.kernel_shift, *geometry, self.kernel_threshold
+
+    def laid_weight(self) -> Conv2dWeight:
+        return Conv2dWeight(self.kernel_weight, self.kernel_corners, self.in_channels, self.groups)
 
     def kernel_signs(self) -> Tensor:
         return conv2d_signs(self.kernel_weight, self.kernel_corners, self.in_channels, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.learns(x) or not x.is_floating_point():
+        if self.learns(x) or not x.is_floating_point() or not self.current():
             return super().forward(x)
         if self.call is not None and x.dtype == torch.float32 and x.dim() == 4 and runs_directly(x):
             return self.call(x)[0]
         return self.run_compiled(x) if x.dim() == 4 else self.run_compiled(one_image(x)).squeeze(0)
+
+    def run_compiled(self, x: Tensor) -> Tensor:
+        return kernels.conv2d(x, *self.laid_out()) if self.current() else super().forward(x)
 
 
 class JointLinear(Planned, nn.Module):

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
+from ..observers import looked_on
 from .library import FfnPlan, LinearPlan, library, rows_worth_threads, too_large
 
 FLOAT = torch.float32  # each look-up of an attribute that is not made counts here
@@ -17,8 +17,8 @@ FLOAT = torch.float32  # each look-up of an attribute that is not made counts he
 class Call:
     """`(..., in)` to `(..., out)` by a plan that is made once. The base of LinearCall and its kin.
 
-    The plan holds for float32 tensors on the CPU. Inputs of any other kind, and all of them while torch.compile or
-    torch.export trace, go to the op, which takes them or names what is wrong. The plan points into the tensors it was
+    The plan holds for float32 tensors on the CPU. Inputs of any other kind, and all of them while something looks on
+    (see `looked_on`), go to the op, which takes them or names what is wrong. The plan points into the tensors it was
     made of where they are contiguous float32: they may change in place. Its backend is that of when it was made.
     """
 
@@ -39,7 +39,7 @@ class Call:
 
     def __call__(self, x: Tensor) -> Tensor:
         *lead, size = x.shape
-        if type(x) is not Tensor or x.dtype is not FLOAT or not x.is_cpu or size != self.in_features or is_compiling():
+        if type(x) is not Tensor or x.dtype is not FLOAT or not x.is_cpu or size != self.in_features or looked_on():
             return self.op(x, *self.arguments)
         rows = x.numel() // size
         if rows > self.most_rows:

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from .absence import BUILD_HERE, FROM_SOURCES, absence
 
 VARIABLE = "HF_BNN_KERNEL"
 KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
-INTERFACE = 5  # of csrc/dispatch.c
+INTERFACE = 6  # of csrc/dispatch.c
 OK, OUT_OF_MEMORY, UNSURE, NOT_TAKEN = range(4)  # of csrc/hf_bnn.h
 
 # Multiply-accumulates per microsecond and thread, roughly: what decides whether threads are worth waking.
@@ -86,6 +86,12 @@ class Conv2dLayer(ctypes.Structure):
     )
 
 
+class MemorySpan(ctypes.Structure):
+    """`struct memory_span` of csrc/hf_bnn.h."""
+
+    _fields_ = (("data", c_void_p), ("bytes", c_int64))
+
+
 class PoolShape(ctypes.Structure):
     """`struct pool_shape` of csrc/hf_bnn.h."""
 
@@ -104,6 +110,7 @@ _SIGNATURES = {
     "hf_bnn_name": (c_char_p, (c_int64,)),
     "hf_bnn_available": (c_int, (c_int64,)),
     "hf_bnn_count_bits": (c_int64, (c_int64,)),
+    "hf_bnn_digest": (c_uint64, (c_void_p, c_int64)),
     "hf_bnn_linear": (c_int, _ROWS),
     "hf_bnn_linear_row_scaled": (c_int, (*_ROWS, c_void_p, c_void_p)),
     "hf_bnn_linear_weight_only": (c_int, _ROWS),

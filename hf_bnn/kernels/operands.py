@@ -9,10 +9,12 @@ bit for bit, except for the order of summation of `linear_weight_only`.
 
 from collections.abc import Callable
 from ctypes import addressof, c_float
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..observers import looked_on
 from .library import FfnPlan, LinearPlan, call, instruction_set, thread_pool, threads_for
 from .weights import PANEL, LinearWeight, linear_shape
 
@@ -29,6 +31,24 @@ def define_op(schema: str, kernel: Callable, oracle: Callable, fake: Callable) -
     _LIBRARY.impl(name, kernel, "CPU")
     _LIBRARY.impl(name, oracle, "CUDA")
     torch.library.register_fake(f"hf_bnn::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"hf_bnn::{name}", _one_by_one(getattr(torch.ops.hf_bnn, name)), lib=_LIBRARY)
+
+
+def _one_by_one(op: Callable) -> Callable:
+    """The rule of torch.func.vmap for `op`: a call for each element of the batch. The results' batch comes first."""
+
+    def rule(info: NamedTuple, in_dims: tuple[object, ...], *arguments: object) -> tuple[object, object]:
+        columns = [
+            value.unbind(dim) if isinstance(dim, int) else [value] * info.batch_size
+            for value, dim in zip(arguments, in_dims, strict=True)
+        ]
+        results = [op(*row) for row in zip(*columns, strict=True)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        parts = tuple(torch.stack(part) for part in zip(*results, strict=True))
+        return parts, (0,) * len(parts)
+
+    return rule
 
 
 def runs_compiled(x: Tensor, weight: Tensor, thresholds: Tensor | None = None, *others: Tensor | None) -> int | None:
@@ -47,15 +67,7 @@ def runs_directly(x: Tensor, *others: Tensor) -> bool:
 
     torch's dispatcher costs as much as a small product.
     """
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and all(other.is_cpu for other in others)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    return type(x) is Tensor and x.is_cpu and all(other.is_cpu for other in others) and not looked_on()
 
 
 def floats(values: Tensor | None, size: int) -> Tensor:

@@ -11,18 +11,37 @@ from transformers.models.vit import modeling_vit
 from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
 from ..fused import FUSERS
-from ..fused.base import Fused, Planned
+from ..fused.base import Fused
 from ..fused.convolutions import FusedBasicBlock, FusedBottleNeckBlock, FusedStage, FusedStem
 from ..fused.feed_forward import feed_forward, hidden_interval
 from ..fused.layers import JointLinear, KernelLinear
-from ..kernels import FfnCall
+from ..kernels.sources import Place, tensors_of
 from .resnet import BiRealBasicLayer, BiRealBottleNeckLayer, BiRealStem, resized
+
+
+def places_of(block: nn.Module, layers: tuple[nn.Module, ...]) -> list[Place]:
+    """Where `layers` hang in `block`, and all that is made of their scales, biases and levels."""
+    modules = [layer for layer in layers if isinstance(layer, nn.Module)]  # an activation may be a function
+    found = [
+        (parent._modules, name)
+        for parent in block.modules()
+        for name, child in parent.named_children()
+        if any(part in modules for part in (child, *child.children()))
+    ]
+    for layer in modules:
+        found += layer.places() if isinstance(layer, KernelLinear) else tensors_of(layer)
+    return found
+
+
+def weights_of(layers: tuple[nn.Module, ...]) -> list[Place]:
+    """Where the bits of `layers` are held."""
+    return [(layer._buffers, "kernel_weight") for layer in layers if isinstance(layer, KernelLinear)]
 
 
 class _FusedAttention(Fused):
     """Queries, keys and values as one product."""
 
-    made = ("joint",)
+    made = ("joint", "joined")
     joint: JointLinear
 
     @classmethod
@@ -31,8 +50,19 @@ class _FusedAttention(Fused):
             cls.take_place_of(attention)
 
     def derive(self) -> None:
-        if self.whole():
-            self.joint = JointLinear(self.projections())
+        layers = self.projections()
+        for layer in layers:
+            if isinstance(layer, KernelLinear):
+                layer.current()
+        self.joined = JointLinear.takes(layers)  # unless one was replaced, by an adapter
+        if self.joined:
+            self.joint = JointLinear(layers)
+
+    def places(self) -> list[Place]:
+        return places_of(self, self.projections())
+
+    def unread(self) -> list[Place]:
+        return weights_of(self.projections())
 
     def projections(self) -> tuple[nn.Module, ...]:
         """The layers that make queries, keys and values."""
@@ -48,13 +78,9 @@ class _FusedAttention(Fused):
         context, probabilities = interface(self, *heads, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return context.reshape(*shape, -1).contiguous(), probabilities
 
-    def whole(self) -> bool:
-        """Whether no layer was replaced, by an adapter."""
-        return all(type(layer) is KernelLinear for layer in self.projections())
-
     def runs_plain(self, hidden_states: Tensor) -> bool:
         """Whether the layers must run one by one, as they must for gradients."""
-        return self.learns(hidden_states) or not self.whole()
+        return self.learns(hidden_states) or not self.current() or not self.joined
 
 
 class FusedBertSelfAttention(_FusedAttention, BertSelfAttention):
@@ -76,10 +102,10 @@ class FusedBertSelfAttention(_FusedAttention, BertSelfAttention):
         return self.attend(hidden_states, attention_mask, size, modeling_bert.eager_attention_forward, kwargs)
 
 
-class _FusedFeedForward(Planned, Fused):
+class _FusedFeedForward(Fused):
     """Two layers whose hidden values stay bits."""
 
-    made = ("interval", "call")
+    made = ("call",)
 
     @classmethod
     def fuse(cls, block: nn.Module) -> None:
@@ -91,21 +117,22 @@ class _FusedFeedForward(Planned, Fused):
         raise NotImplementedError(f"{type(self).__name__} must say which layers it joins")
 
     def derive(self) -> None:
-        self.interval = hidden_interval(*self.layers())
-        self.call = self.plan()
+        first, activation, second = self.layers()
+        for layer in (first, second):
+            if isinstance(layer, KernelLinear):
+                layer.current()
+        interval = hidden_interval(first, activation, second)  # None where one was replaced, by an adapter
+        self.call = None if interval is None else feed_forward(first, interval, second)
 
-    def whole(self) -> bool:
-        """Whether no layer was replaced, by an adapter."""
-        first, _, second = self.layers()
-        return type(first) is KernelLinear and type(second) is KernelLinear
+    def places(self) -> list[Place]:
+        return places_of(self, self.layers())
 
-    def plan(self) -> FfnCall | None:
-        first, _, second = self.layers()
-        return feed_forward(first, self.interval, second) if self.interval is not None and self.whole() else None
+    def unread(self) -> list[Place]:
+        return weights_of(self.layers())
 
     def runs_plain(self, x: Tensor) -> bool:
         """Whether the layers must run one by one, as they must for gradients."""
-        return self.call is None or self.learns(x) or not self.whole()
+        return self.learns(x) or not self.current() or self.call is None
 
 
 class FusedBertLayer(_FusedFeedForward, BertLayer):

@@ -17,6 +17,7 @@ from transformers.models.resnet.modeling_resnet import (
 from ..activations import RPReLU
 from ..convert import replace_modules
 from ..levels import SignedLevels, ThresholdLevels
+from ..observers import transformed
 from .base import BinaryConfigFields, BinaryModelMixin, check_choice
 
 STEM, SHORTCUTS, CLASSIFIER = "*embedder.embedder*", "*.shortcut.*", "classifier*"
@@ -110,7 +111,9 @@ class BiRealStem(nn.Module):
             raise ValueError(
                 f"pixel_values has {pixel_values.shape[1]} channels: the config's num_channels is {self.num_channels}"
             )
-        if pixel_values.is_cpu and not self.training:  # with its channels last torch pools 18 times as fast
+        if (
+            pixel_values.is_cpu and not self.training and not transformed()
+        ):  # with its channels last torch pools 18 times as fast
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return self.embedder.normalization(self.pooler(self.embedder.convolution(pixel_values)))
 

@@ -51,6 +51,12 @@ struct attention_shape {
     int64_t query_steps[3], key_steps[3], value_steps[3], mask_steps[3];
 };
 
+/* Some memory, in the order of the fields of hf_bnn/kernels/library.py, MemorySpan. */
+struct memory_span {
+    const void *data;
+    int64_t bytes;
+};
+
 /* In the order of the fields of hf_bnn/kernels/library.py, PoolShape. Every window has a pixel of the image. */
 struct pool_shape {
     int64_t batch, height, width, channels; /* of the input, NHWC without gaps */
@@ -141,6 +147,9 @@ EXPORTED int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads
 /* The largest value of each window, or NaN if it has one, times alpha plus beta. NHWC floats. */
 EXPORTED int hf_bnn_max_pool(int64_t set, parallel_for pool, int64_t threads, const struct pool_shape *shape,
                              const float *x, const float *alpha, const float *beta, int fused, float *out);
+
+/* A number that changes with any of these bytes. */
+EXPORTED uint64_t hf_bnn_digest(const struct memory_span *spans, int64_t count);
 
 /* For benchmarks: counts differing bits in registers; returns how many it compared, 0 if the processor cannot. */
 EXPORTED int64_t hf_bnn_count_bits(int64_t rounds);

@@ -1,0 +1,65 @@
+"""What something was made of: whether any of it has been replaced, or written to, since then."""
+
+from collections.abc import Iterable
+from ctypes import addressof, string_at
+from typing import Any
+
+from torch import Tensor, nn
+
+from .library import MemorySpan, library
+
+Place = tuple[dict[str, Any], str]  # a dict of a module, such as its `_parameters`, and the name of an entry of it
+
+
+class Sources:
+    """Entries of modules' dicts, as they were when this was made: tensors, modules, None.
+
+    `same()` compares their identity, the addresses of tensors on the CPU and a digest of all their bytes: writes
+    through `.data` or numpy are not counted by torch's version counters. Elsewhere, as on a GPU, the counters decide.
+    """
+
+    def __init__(self, places: Iterable[Place], unread: Iterable[Place] = ()):
+        """Of `unread` entries only the identity is compared."""
+        places, unread = list(places), list(unread)
+        found = [(slot.get, name, slot.get(name)) for slot, name in (*places, *unread)]
+        read = [value for _, _, value in found[: len(places)] if isinstance(value, Tensor)]
+        here = [value for value in read if value.is_cpu]
+        self.entries = found
+        self.addresses = [(value.data_ptr, value.data_ptr()) for value in here]
+        self.counted = [value for value in read if not (value.is_cpu or value.is_meta or value.is_inference())]
+        self.versions = [value._version for value in self.counted]
+        spans = [(value.data_ptr(), _extent(value)) for value in here]
+        self.spans = (MemorySpan * len(spans))(*(MemorySpan(*span) for span in spans if span[1]))
+        self.address, self.count = addressof(self.spans), sum(span[1] > 0 for span in spans)
+        compiled = library().functions
+        self.read = compiled.hf_bnn_digest if compiled else self.read_slowly
+        self.digest = self.read(self.address, self.count)
+
+    def same(self) -> bool:
+        for get, name, value in self.entries:
+            if get(name) is not value:
+                return False
+        for data_ptr, address in self.addresses:
+            if data_ptr() != address:
+                return False
+        if self.counted and [value._version for value in self.counted] != self.versions:
+            return False
+        return self.read(self.address, self.count) == self.digest
+
+    def read_slowly(self, address: int, count: int) -> int:
+        """A digest without the compiled library."""
+        return hash(b"".join(string_at(span.data, span.bytes) for span in self.spans[:count]))
+
+
+def _extent(tensor: Tensor) -> int:
+    """The bytes from a tensor's first number to its last one."""
+    if not tensor.numel():
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * step for size, step in steps)) * tensor.element_size()
+
+
+def tensors_of(module: nn.Module, *names: str) -> list[Place]:
+    """The places of a module's own parameters and buffers; those called `names`, if any are given."""
+    slots = (module._parameters, module._buffers)
+    return [(slot, name) for slot in slots for name in slot if not names or name in names]
