@@ -65,20 +65,20 @@ class Preset:
     teacher_learning_rate: float
     epochs: float
     learning_rate: float
-    surge_args: str  # where the user gives no --method_args: "leaky" costs nothing, "own" is the paper's
+    surge_args: str  # where the user gives no --method_args
     altered_copies: int = 0  # of every training sentence, for the teacher to label: see `altered`
 
 
 PRESETS = {
     "quick": Preset(
-        teacher_epochs=1, teacher_learning_rate=1e-4, epochs=3, learning_rate=2e-3, surge_args="eta=0.1,aux=leaky"
+        teacher_epochs=1, teacher_learning_rate=1e-4, epochs=3, learning_rate=2e-3, surge_args="eta=0.1,aux=own"
     ),
     "long": Preset(
         teacher_epochs=2,
         teacher_learning_rate=1e-4,
         epochs=2,
         learning_rate=2e-3,
-        surge_args="eta=0.1,aux=leaky",
+        surge_args="eta=0.1,aux=own",
         altered_copies=3,
     ),
 }
@@ -94,7 +94,7 @@ class QuickstartArguments:
     )
     preset: str = field(default="quick", metadata={"help": "quick (minutes) or long (about half an hour)."})
     method: str = field(default="surge", metadata={"help": "A training method: one of hf_bnn.METHODS."})
-    method_args: str | None = field(default=None, metadata={"help": 'Its arguments, such as "eta=0.1,aux=leaky".'})
+    method_args: str | None = field(default=None, metadata={"help": 'Its arguments, such as "eta=0.1,aux=own".'})
     binarize: str = field(default="both", metadata={"help": "both, weights or activations."})
     attention: str = field(default="float", metadata={"help": "float or binary attention products."})
     embeddings: str = field(default="int8", metadata={"help": "float, int8 or binary word embeddings."})
@@ -284,7 +284,8 @@ def binary_student(
     chosen = {key: value for key, value in asdict(arguments).items() if key not in ("output_dir", "threads")}
     run_dir = run_folder(arguments.output_dir, f"{arguments.method}-{arguments.binarize}", chosen)
     settings = training_arguments(arguments, run_dir, epochs, arguments.learning_rate or preset.learning_rate)
-    print(f"binary model: training with {arguments.method}, binarize={arguments.binarize}")
+    method = method_name(arguments.method, arguments.method_args)
+    print(f"binary model: training with {method}, binarize={arguments.binarize}")
     trainer = BinaryTrainer(
         model,
         BinaryTrainingArguments(
@@ -299,6 +300,13 @@ def binary_student(
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # without autocast
     model.set_attn_implementation("hf_bnn" if arguments.attention == "binary" else "sdpa")
     return model, trainer.state.log_history
+
+
+def method_name(method: str, method_args: str | None) -> str:
+    """What a run was trained with, in words. SURGE without a branch is no more than a leaky estimator."""
+    if method == "surge" and getattr(make_method(method, method_args), "aux", None) == "leaky":
+        return f"leaky STE (surge, {method_args})"
+    return method + (f" ({method_args})" if method_args else "")
 
 
 def run_folder(output_dir: str, name: str, chosen: dict) -> Path:

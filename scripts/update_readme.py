@@ -56,24 +56,29 @@ def orders_table(results: dict) -> str:
 
 def quickstart_table(results: dict) -> str:
     """What one run of the quick start printed."""
-    from quickstart import table
+    from quickstart import method_name, table
 
     versions = results["versions"]
     threads = f"{versions['threads']} thread(s) of {versions['cores']} ({versions['machine']})"
     packages = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    note = f"Seed {results['seed']}, {results['seconds_total']:.0f} seconds on {threads}, {packages}."
+    chosen = results["arguments"]
+    method = method_name(chosen["method"], chosen["method_args"])
+    run = f"{results['seconds_total']:.0f} seconds on {threads}"
+    note = f"Trained with {method}, seed {results['seed']}, {run}, {packages}."
     return f"```\n{table(results)}\n```\n{note}"
 
 
 def runs_table(runs: list[dict]) -> str:
     """Every full run of the quick start whose figures are committed: what was chosen, and what came of it."""
+    from quickstart import method_name
+
     lines = [
         "| preset | method | binarize | attention | embeddings | seed | float | binary | kept | file, MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         chosen = run["arguments"]
-        method = chosen["method"] + (f" ({chosen['method_args']})" if chosen["method_args"] else "")
+        method = method_name(chosen["method"], chosen["method_args"])
         names = [chosen["preset"], method, *(chosen[key] for key in ("binarize", "attention", "embeddings", "seed"))]
         reached = [f"{run['accuracy_float']:.1%}", f"{run['accuracy_binary']:.1%}", f"{run['retention']:.3f}"]
         lines.append("| " + " | ".join(map(str, [*names, *reached, f"{run['bytes_packed'] / 1e6:.2f}"])) + " |")

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from quickstart import HUB_MODEL, table
+from quickstart import HUB_MODEL, method_name, table
 
 from hf_bnn import BinaryBertConfig, BinaryBertForSequenceClassification
 from hf_bnn.model_card import Facts, description, usage
@@ -32,7 +32,7 @@ def card(results: dict, name: str) -> str:
     chosen, versions = results["arguments"], results["versions"]
     structure = {key: chosen[key] for key in ("binarize", "attention", "embeddings")}
     config = BinaryBertConfig(**structure).to_dict()
-    method = chosen["method"] + (f" ({chosen['method_args']})" if chosen["method_args"] else "")
+    method = method_name(chosen["method"], chosen["method_args"])
     architecture = BinaryBertForSequenceClassification.__name__
     facts = Facts(architecture, config, method, results["binary_share"], results["matrix_compression"])
     machine = f"{versions['threads']} thread(s), {versions['machine']}, torch {versions['torch']}"

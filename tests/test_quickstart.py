@@ -16,6 +16,8 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from hf_bnn.methods import Surge
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 (QUICKSTART,) = re.findall(r"^    pip install .* && (python scripts/quickstart.*)$", README, re.MULTILINE)
@@ -108,6 +110,15 @@ def test_no_run_goes_on_from_the_checkpoints_of_another_choice(tmp_path):
     folders = {quickstart.run_folder(str(tmp_path), "teacher", chosen) for chosen in choices}
     assert len(folders) == 3
     assert quickstart.run_folder(str(tmp_path), "teacher", {"max_steps": 3, "seed": 0}) in folders
+
+
+def test_only_a_run_with_a_branch_is_said_to_be_trained_with_surge():
+    assert quickstart.method_name("surge", "eta=0.1,aux=leaky") == "leaky STE (surge, eta=0.1,aux=leaky)"
+    assert quickstart.method_name("surge", "eta=0.1,aux=own") == "surge (eta=0.1,aux=own)"
+    assert quickstart.method_name("surge", None) == "surge"
+    assert quickstart.method_name("stompp+surge", "order=global") == "stompp+surge (order=global)"
+    (arguments,) = quickstart.HfArgumentParser(quickstart.QuickstartArguments).parse_args_into_dataclasses([])
+    assert quickstart.make_method(arguments.method, arguments.method_args) == Surge(eta=0.1)  # of the paper: its own
 
 
 def test_altered_sentences_are_made_of_the_real_ones():

@@ -198,7 +198,8 @@ class Surge(Method):
 
     `aux` says what W_a is: "own" (the paper: weights of its own, first a copy of the latent ones, with the gradient
     lambda G^T x), "shared" (the latent weights themselves), "lowrank" (own, of rank `rank`), "leaky" (the binary
-    weights: no extra product; with elastic levels, these feel lambda too). `eta`: 0.03 to 0.1 suits transformers.
+    weights: no branch and no extra product, a leaky straight-through estimator; elastic levels feel lambda too).
+    `eta`: 0.03 to 0.1 suits transformers.
 
     lambda belongs to the micro-batch and the rank: gradient accumulation changes it by a few percent. Deviation: the
     paper prints y = f_b - sg(lambda f_a) + lambda f_a; here f_a is not computed, so that y is f_b to the last bit.
