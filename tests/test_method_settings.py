@@ -25,6 +25,7 @@ DEFAULTS = {
         "seed": 0,
     }
     | {"refresh": 100, "zero_momentum": False},
+    "surge": {"clip": 1.0, "eta": 0.1, "aux": "own", "rank": 32},
     "fsg": FSG,
     "metaquant": {**FSG, "length": 1, "beta": 0.0, "binarizer": "dorefa"},
 }
@@ -48,6 +49,7 @@ EDGES = [
     (Stompp, {"end": 1e-9}),
     (Stompp, {"refresh": 0}),
     (Surge, {"eta": 0.0}),
+    (Surge, {"rank": 1}),
     (STE, {"clip": 1e-9}),
 ]
 BEYOND = [
@@ -65,6 +67,7 @@ BEYOND = [
     (Stompp, {"end": 1 + 1e-9}, "expected a number in"),
     (Stompp, {"refresh": -1}, "expected an integer >= 0"),
     (Surge, {"eta": -1e-9}, "expected a number >= 0"),
+    (Surge, {"rank": 0}, "expected an integer >= 1"),
     (STE, {"clip": 0.0}, "expected a number > 0"),
     *((cls, {"clip": clip}, "expected 1, because") for cls in (IRNet, ReSTE) for clip in (0.5, 1 + 1e-9)),
 ]
