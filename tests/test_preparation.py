@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_bnn import BinaryConfig, BinaryTrainer, binarize_
-from hf_bnn.convert import has_fresh_levels
+from hf_bnn.convert import calibrate_, has_fresh_levels
 from hf_bnn.layers import binary_layers
 from hf_bnn.levels import ElasticLevels
 from hf_bnn.preparation import PutBack, first_batch, reads_once

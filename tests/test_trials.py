@@ -56,10 +56,10 @@ class AtEnd(AtBegin):
         self.runs.append((args.method, args.method_args, model.config.method, self.fresh, state.global_step, weights))
 
 
-def made(folder, look, method=None, **kwargs) -> BinaryTrainer:
+def made(folder, look, given=None, **kwargs) -> BinaryTrainer:
     args = arguments(folder, **{"max_steps": 2, **kwargs})
     return BinaryTrainer(
-        args=args, model_init=lambda: tiny_model(), train_dataset=rows(), callbacks=[look], method=method
+        args=args, model_init=lambda: tiny_model(), train_dataset=rows(), callbacks=[look], method=given
     )
 
 
@@ -125,7 +125,7 @@ def test_each_trial_hooks_its_own_optimizer_once(tmp_path, search):
             hooks = [one._hooked._optimizer_step_pre_hooks, one._hooked._optimizer_step_post_hooks]
             hooked.append((one._hooked, sum(len(registered) for registered in hooks)))
 
-    one = made(tmp_path, Look(), method_args=None)
+    one = made(tmp_path, Look())
     search(one, [{"method": "fsg"}, {"method": "fsg"}, {"method": "ste"}])
     assert [count for _, count in hooked] == [1, 1, 0]
     assert hooked[0][0] is not hooked[1][0]
@@ -160,7 +160,7 @@ def test_hyperparameters_that_cannot_be_are_refused(tmp_path, search):
         search(one, [{"method": "surg"}])
     with pytest.raises(ValueError, match=r"aux_learning_rate_multiplier=-1\.0: expected a number > 0"):
         search(one, [{"aux_learning_rate_multiplier": -1.0}])
-    given = made(tmp_path, AtEnd(), method=Surge())
+    given = made(tmp_path, AtEnd(), given=Surge())
     with pytest.raises(ValueError, match=r"method='ste', method_args='eta=0\.9' were set, but BinaryTrainer was given"):
         search(given, [{"method_args": "eta=0.9"}])
 
