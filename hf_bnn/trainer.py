@@ -212,8 +212,8 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
 
     def call_model_init(self, trial=None) -> nn.Module:
         model = super().call_model_init(trial)
-        self.args.check()  # a search may have set them
         self.method, self._hooked = self._chosen_method(), None
+        self.args.check()  # a search may have set them
         self.prepare_model(model)
         return model
 

@@ -73,7 +73,7 @@ def test_the_divergence_is_the_tempered_one_of_each_row():
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_a_classifier_of_one_label_learns_the_softmax(temperature):
     loss, own, theirs = loss_of(
-        tiny_model(num_labels=3), scramble(tiny_float_bert(num_labels=3)), tiny_batch(), temperature
+        tiny_model(num_labels=3), decided(tiny_float_bert(num_labels=3)), tiny_batch(), temperature
     )
     own, theirs = own.predictions["logits"], theirs.predictions["logits"]
     assert loss == pytest.approx(rows_of(own, theirs, torch.ones(4, dtype=torch.bool), temperature), rel=1e-3)
@@ -83,10 +83,8 @@ def test_a_classifier_of_one_label_learns_the_softmax(temperature):
 def test_labels_that_do_not_exclude_each_other_are_learned_one_by_one(temperature):
     kind = {"num_labels": 3, "problem_type": "multi_label_classification"}
     batch = {**tiny_batch(), "labels": torch.ones(4, 3)}
-    loss, own, theirs = loss_of(tiny_model(**kind), tiny_float_bert(**kind), batch, temperature)
-    pairs = zip(
-        own.predictions["logits"].flatten().tolist(), theirs.predictions["logits"].flatten().tolist(), strict=True
-    )
+    loss, own, theirs = loss_of(tiny_model(**kind), decided(tiny_float_bert(**kind)), batch, temperature)
+    pairs = zip(*(outputs.predictions["logits"].flatten().tolist() for outputs in (own, theirs)), strict=True)
     # A label is a choice between its logit and 0.
     losses = [kl([a, 0.0], [b, 0.0], temperature) for a, b in pairs]
     assert loss == pytest.approx(sum(losses) / 12, rel=1e-3)

@@ -493,7 +493,7 @@ def test_a_resumed_run_sees_the_same_images_and_ends_where_an_uninterrupted_one_
     steps = ["--dataset_name", data, *VIT, "--do_train", "--max_steps", 10, "--save_steps", 6, "--no_calibrate_levels"]
     steps += ["--per_device_train_batch_size", 4, *more[source]]
     run(*steps)
-    whole, first = load(tmp_path / "out"), list(batches)
+    whole, first = load(tmp_path / "out"), list(batches)[1:]  # without the one that prepares the model
     batches.clear()
     run(*steps, "--output_dir", tmp_path / "resumed", "--resume_from_checkpoint", tmp_path / "out/checkpoint-6")
     assert torch.equal(logits(load(tmp_path / "resumed")), logits(whole))
