@@ -149,7 +149,12 @@ def test_gpt2_whose_layers_cannot_be_binary_is_refused_with_what_they_are():
         binarize_(model)
 
 
-def test_any_model_keeps_its_heads_if_nothing_is_excluded_by_name():
+def test_a_model_that_is_itself_a_layer_is_refused():
+    with pytest.raises(ValueError, match="nothing to binarize in Linear: no layer outside exclude"):
+        binarize_(nn.Linear(4, 4))
+
+
+def test_every_layer_of_any_other_model_becomes_binary_unless_it_is_excluded():
     assert binary_names(binarize_(TinyConvNet())) == {"0", "2", "4", "9"}
 
 
