@@ -4,6 +4,7 @@ import importlib
 
 from .convert import binarize_, calibrate_, install_method, pack_, unpack_
 from .diagnostics import InputReport, check_inputs
+from .execution import bypassed_layers, check_layers_run
 from .fused import optimize_
 from .models import (
     BinaryBertConfig,
@@ -80,8 +81,10 @@ __all__ = [  # noqa: RUF022
     "Summary",
     "Surge",
     "binarize_",
+    "bypassed_layers",
     "calibrate_",
     "check_inputs",
+    "check_layers_run",
     "install_method",
     "make_method",
     "optimize_",

@@ -152,7 +152,7 @@ def binarize_(
 
 
 def is_binary(model: nn.Module) -> bool:
-    """Whether any linear or conv2d layer, or table, of `model` is binary, latent or packed."""
+    """Whether any linear or conv2d layer of `model` is binary already, or anything in it is packed."""
     return is_packed(model) or any(isinstance(layer, WeightedLayer) for layer in binary_layers(model))
 
 

@@ -77,7 +77,7 @@ def check_inputs(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[In
 
     One report per layer with binary inputs, and per operand of a BinaryMatmul, in the order of execution; layers that
     the batch does not reach come last. The model is run in evaluation, and once as in training, to find the layers that
-    it passes by (see `hf_bnn.execution.bypassed_layers`); it is afterwards as it was. Learned levels that were never
+    it passes by (see `hf_bnn.bypassed_layers`); it is afterwards as it was. Learned levels that were never
     fitted are fitted to the batch for the time being, as BinaryTrainer does before its first step; those of a packed
     model stay, since nobody will fit them. Raises ValueError if no layer has binary inputs.
 

@@ -1,6 +1,6 @@
 """Stock modules that read the weight of a layer of theirs, instead of calling it: such a layer cannot be binary.
 
-Known here by the class that reads; what is not known here is found by `execution.bypassed_layers`.
+Known here by the class that reads; what is not known here is found by `hf_bnn.bypassed_layers`.
 """
 
 from torch import nn

@@ -19,7 +19,12 @@ KINDS = "nn.Linear or nn.Conv2d"
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether a dotted name, as a whole, matches one of the shell-style patterns."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return any(name == pattern or (not _plain(pattern) and fnmatchcase(name, pattern)) for pattern in patterns)
+
+
+def _plain(pattern: str) -> bool:
+    """Whether it matches nothing but itself: most do of the hundreds that a large model's config stores."""
+    return "*" not in pattern and "?" not in pattern and "[" not in pattern
 
 
 def pattern_list(field: str, patterns: object) -> list[str] | None:
@@ -49,7 +54,7 @@ def candidates(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The layers of the kinds that have a binary form, each with all its names: a shared one has several."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in BINARY:
+        if name and type(module) in BINARY:  # the model itself cannot be replaced in place
             found.setdefault(module, []).append(name)
     return found
 
@@ -88,8 +93,8 @@ def choose_layers(
 def unmatched(model: nn.Module, patterns: Iterable[str] | None, names: list[str] | None = None) -> list[str]:
     """Those of the patterns that cover none of `names` (None: of the names of all modules)."""
     names = _module_names(model) if names is None else names
-    base = base_prefix(model)
-    return [p for p in patterns or () if not any(covered(name, [p], base) for name in names)]
+    base, known = base_prefix(model), set(names)
+    return [p for p in patterns or () if p not in known and not any(covered(name, [p], base) for name in names)]
 
 
 def check_patterns(
@@ -143,7 +148,7 @@ def _kept_float(model: nn.Module) -> Iterator[nn.Module]:
 def _ends(model: nn.Module) -> set[str]:
     """The names of tied modules, output embeddings and the last module, as transformers' own quantizers leave float."""
     output = model.get_output_embeddings()
-    tied = model.all_tied_weights_keys or {}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # a class that never calls post_init has none
     last = list(model.named_parameters())[-1:]
     keys = [*tied, *tied.values(), *(name for name, _ in last)]
     names = {name for name, module in model.named_modules() if output is not None and module is output}

@@ -65,7 +65,7 @@ def composition(model: nn.Module, blocks: int = 3) -> str:
         bits = _binary_weights(module)
         layers += bits > 0
         binary += bits
-        block = re.sub(r"\.\d+(?=\.|$)", ".*", name) or type(model).__name__
+        block = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name) or type(model).__name__
         floats[block] += count - bits
     total = binary + floats.total()
     largest = ", ".join(f"{name} ({n / total:.1%})" for name, n in floats.most_common(blocks) if n)

@@ -4,7 +4,7 @@
 >>> from hf_bnn import binarize_, make_method
 >>> from hf_bnn.methods import Step
 >>> method = make_method("stompp+surge")
->>> model = binarize_(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)), method, skip=("2",)).train()
+>>> model = binarize_(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)), method, exclude=["2"]).train()
 >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
 >>> hook_optimizer(model, optimizer, method)
 >>> for index in range(10):

@@ -12,10 +12,10 @@ from test_layers import LEVELS, two_valued
 from tiny import Net, conv2d_net, make_net, optimizer_of, tiny_batch, tiny_config, tiny_model, train_steps
 from torch import Tensor, nn
 
-from hf_bnn import BinaryBertForSequenceClassification, binarize_, install_method, pack_, summary, unpack_
+from hf_bnn import BinaryBertForSequenceClassification, binarize_, install_method, optimize_, pack_, summary, unpack_
 from hf_bnn.functional import WEIGHT_SCALINGS, integer_conv2d, unpack_bits, weight_scale
 from hf_bnn.layers import BINARIZE, BinaryConv2d, BinaryLinear, binary_layers
-from hf_bnn.levels import ElasticLevels, UnsignedLevels
+from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 from hf_bnn.methods import STE, Surge
 from hf_bnn.packed import PackedConv2d, PackedLinear
 
@@ -577,3 +577,28 @@ def test_the_integer_convolution_is_exact_at_random_shapes(seed: int):
     other = integer_conv2d(x, altered, stride, padding, dilation, groups)
     touched = F.conv2d(x.abs().double(), (altered != weight).double(), None, stride, padding, dilation, groups) > 0
     assert torch.equal(other != found, touched)  # the check can fail: one flipped sign changes all that see it
+
+
+@pytest.mark.parametrize("levels", [SignedLevels, UnsignedLevels, lambda: ElasticLevels(signed=False)])
+@pytest.mark.parametrize("binarize", ["both", "weights", "activations"])
+def test_one_image_is_a_batch_of_one_in_every_state(binarize: str, levels):
+    model = binarize_(nn.Sequential(nn.Conv2d(8, 4, 3, padding=1)), binarize=binarize, levels=lambda _: levels())
+    x = torch.randn(8, 5, 5)
+
+    def compare() -> None:
+        assert torch.equal(model(x), model(x.unsqueeze(0)).squeeze(0))
+        for wrong in (x[0], x[None, None]):
+            with pytest.raises(
+                ValueError, match=r"inputs of shape \(.*: a convolution takes \(N, C, H, W\), or \(C, H, W"
+            ):
+                model(wrong)
+
+    compare()
+    with torch.no_grad():
+        model.eval()
+        compare()
+        if binarize != "activations":
+            pack_(model)
+            compare()
+            optimize_(model)
+            compare()
