@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -36,9 +37,10 @@ class CheckedTrainer(ResumableTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         refuse_empty(self.train_dataset, "train_dataset")
-        if self.args.fsdp and not (self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
+        asked = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if asked and not (self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
             raise ValueError(
-                f"fsdp={self.args.fsdp!r} has no effect on {self.args.device.type!r} devices: every rank would hold "
+                f"fsdp={asked!r} has no effect on {self.args.device.type!r} devices: every rank would hold "
                 "the whole model, as under DistributedDataParallel. Leave it out, or train on GPUs"
             )
         if self.accelerator.mixed_precision == "fp16" and self.args.device.type == "cpu":

@@ -1,5 +1,6 @@
 """Digests of files, so that a truncated or altered checkpoint is told from a good one."""
 
+import errno
 import hashlib
 import json
 import os
@@ -69,6 +70,9 @@ def sync(path: str | os.PathLike) -> None:
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some file systems in networks know it not of folders, some of nothing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

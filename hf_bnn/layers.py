@@ -137,6 +137,7 @@ class WeightedLayer(BinaryLayer):
     slots = ("weight_binarizer", "input_binarizer", "around")
     product: LinearProduct | Conv2dProduct
     master_weights = False  # whether the optimizer steps on float32 copies of its own, as under FSDP and DeepSpeed
+    _noted: tuple[int, int] | None = None  # which weight learned last in half precision, in which version
 
     def set_structure(self, binarize: str, levels: SignedLevels | None, weight_scaling: str) -> None:
         """What is binary, on which levels, and how the weights' signs are scaled."""
@@ -173,13 +174,21 @@ class WeightedLayer(BinaryLayer):
     def learns(self, *tensors: Tensor) -> bool:
         learns = super().learns(*tensors)
         if learns and self.training and self.weight.dtype in HALF and not self.master_weights:
-            self._refuse_half()
+            self._refuse_steps_in_half()
         return learns
 
-    def _refuse_half(self) -> None:
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+    def _refuse_steps_in_half(self) -> None:
+        """Raise ValueError once the weight, in half precision, has been changed in place between two passes that learn.
+
+        Gradients alone may be asked for in any precision.
+        """
+        weight = self.weight
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+            return
+        before, self._noted = self._noted, (id(weight), weight._version)
+        if before is not None and before[0] == id(weight) and before[1] != weight._version:
             raise ValueError(
-                f"latent weights in {self.weight.dtype} do not learn: most updates are smaller than its steps, and are "
+                f"latent weights in {weight.dtype} do not learn: most updates are smaller than its steps, and are "
                 "rounded away. Call model.float() before the optimizer is made, and torch.autocast for speed; or, if "
                 "the optimizer keeps float32 copies, set master_weights = True on the binary layers"
             )

@@ -75,6 +75,10 @@ class ResumableTrainer(Trainer):
             raise outcome[1]
         return outcome[0]
 
+    def _warn(self, text: str) -> None:
+        if self.is_world_process_zero():
+            logger.warning(text)
+
     # Writing
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -119,12 +123,12 @@ class ResumableTrainer(Trainer):
         if folder is not None:
             record = read_record(folder)
             if record is None:
-                logger.warning(f"{folder} has no record of its run: settings that differ from it are not noticed")
+                self._warn(f"{folder} has no record of its run: settings that differ from it are not noticed")
             else:
                 self._started = record["started"]
                 self._compare(folder, record)
         elif self.args.should_save and (left := results_in(self.args.output_dir)):
-            logger.warning(
+            self._warn(
                 f"output_dir={self.args.output_dir} holds an earlier run's results ({', '.join(left[:3])}, "
                 f"{len(left)} in all), which this run will mix with its own and overwrite: choose another folder, or "
                 "go on with resume_from_checkpoint=True"
@@ -174,7 +178,7 @@ class ResumableTrainer(Trainer):
                 "resume_from_checkpoint"
             )
         if found:
-            logger.warning(f"{folder} is resumed with other settings, which hold from its step on. {fields}")
+            self._warn(f"{folder} is resumed with other settings, which hold from its step on. {fields}")
 
     def _judged(self, difference: Difference) -> Difference:
         """A learning rate that the scheduler or the engine would not take makes it another run."""

@@ -16,6 +16,7 @@ from .layers import binary_layers
 NO_STRUCTURE = ("name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "method")
 NO_STRUCTURE += ("weight_format", "use_cache", "problem_type", "id2label", "label2id", "model_type", "quant_method")
 NO_STRUCTURE += ("finetuning_task", "is_encoder_decoder", "output_hidden_states", "output_attentions", "return_dict")
+NO_STRUCTURE += ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping")
 NO_STRUCTURE_ENDINGS = ("_token_id", "sha256")
 
 DATA = "the order of the rows"
@@ -68,6 +69,8 @@ def model_record(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     fields = _flat(config.to_dict()) if hasattr(config, "to_dict") else {}
     kinds = Counter(_kind(layer) for layer in binary_layers(model))
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        fields.update(_flat(adapter.to_dict(), f"adapter {name}."))
     labels = len(getattr(config, "id2label", None) or ())
     return {"class": type(model).__name__, **fields, "labels": labels, "binary layers": dict(sorted(kinds.items()))}
 
@@ -89,7 +92,7 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             found.update(_flat(value, f"{prefix}{name}."))
         else:
-            found[f"{prefix}{name}"] = value
+            found[f"{prefix}{name}"] = sorted(value) if isinstance(value, set) else value
     return found
 
 

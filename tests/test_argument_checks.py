@@ -7,6 +7,7 @@ from test_trainer import arguments, rows, trainer
 from tiny import tiny_float_bert, tiny_model
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from hf_bnn import BinaryTrainer, BinaryTrainingArguments, argument_checks, optimize_, pack_, packed
 from hf_bnn.models import plain_trainer
@@ -107,6 +108,21 @@ def test_fp16_on_a_cpu_says_that_it_trains_in_float32(tmp_path, warnings):
     warnings.clear()
     trainer(tmp_path, bf16=True)
     assert not warnings.records
+
+
+@pytest.mark.parametrize("how", ["argument", "accelerate"])
+def test_fsdp_that_would_have_no_effect_is_refused(tmp_path, how, monkeypatch):
+    args = arguments(tmp_path)
+    if how == "accelerate":  # as `accelerate launch --use_fsdp` says it
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        monkeypatch.setattr(args, "fsdp", True)
+        monkeypatch.setattr(args, "fsdp_config", {})
+        monkeypatch.setattr(type(args), "parallel_mode", ParallelMode.DISTRIBUTED)
+    with pytest.raises(
+        ValueError, match=r"fsdp=True has no effect on 'cpu' devices: .* Leave it out, or train on GPUs"
+    ):
+        BinaryTrainer(tiny_model(), args, train_dataset=rows())
 
 
 # transformers' own Trainer

@@ -64,16 +64,38 @@ def test_what_is_float32_or_does_not_learn_stays_as_it_is(caplog):
 def test_a_hand_loop_on_half_precision_latents_is_refused(layer, binarize, dtype):
     model = binarize_(nn.Sequential(copy.deepcopy(layer)), binarize=binarize).to(dtype).train()
     x = torch.randn(2, 8, dtype=dtype) if isinstance(layer, nn.Linear) else torch.randn(2, 8, 3, 3, dtype=dtype)
+
+    def step() -> None:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model(x).sum().backward()
+        optimizer.step()
+
+    model(x).sum().backward()  # gradients alone are no fault
+    step()
     with pytest.raises(ValueError, match=rf"latent weights in {dtype} do not learn: .* Call model\.float\(\)"):
-        model(x)
+        step()
     with torch.no_grad():
         model(x)
     model.eval()(x)
-    model.train().requires_grad_(False)(x)
-    model.requires_grad_(True)[0].master_weights = True
-    model(x).sum().backward()
+    copy.deepcopy(model).train()(x)
+    model.train()[0].master_weights = True
+    step()
+    step()
     model[0].master_weights = False
-    model.float()(x.float()).sum().backward()
+    model.float()
+    x = x.float()
+    step()
+    step()
+
+
+@pytest.mark.parametrize("kind", ["class", "quantizer"])
+def test_a_hand_loop_on_a_half_precision_model_is_refused(tmp_path, kind):
+    model = from_half_checkpoint(tmp_path, kind, torch.bfloat16).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    model(**tiny_batch()).loss.backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"latent weights in torch\.bfloat16 do not learn"):
+        model(**tiny_batch())
 
 
 def test_autocast_leaves_the_latents_in_float32_and_is_allowed():
