@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -114,13 +115,18 @@ def check_label_values(labels: Labels, split: str, values: list[Any]) -> None:
         )
 
 
+def check_has_labels(name: str, where: str, columns: Iterable[str]) -> None:
+    """Raise UsageError unless a column has this name."""
+    if name not in columns:
+        raise UsageError(
+            f"{where} has no column {name!r}; columns: {', '.join(columns)}: name the one with the labels in "
+            "--label_column_name"
+        )
+
+
 def check_label_column(name: str, split: str, found: Any, kinds: tuple[str, ...], expected: str) -> None:
     """Raise UsageError unless the split has a column of this name, of one of these types."""
-    if name not in found.features:
-        raise UsageError(
-            f"the {split} data has no column {name!r}; columns: {', '.join(found.features)}: "
-            "name the one with the labels in --label_column_name"
-        )
+    check_has_labels(name, f"the {split} data", found.features)
     kind = getattr(found.features[name], "dtype", None)
     if kind is None or not kind.startswith(kinds):
         raise UsageError(f"the column {name!r} of the {split} data holds {found.features[name]}: expected {expected}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 from datasets import List as ListOf
 from errors import UsageError
+from labels import check_has_labels
 from text_arguments import TASK_COLUMNS, DataTrainingArguments
 from text_files import Table, converted, kind_of, shortened
 
@@ -20,6 +22,8 @@ USUAL_COLUMNS = (*dict.fromkeys(c for c in TASK_COLUMNS.values() if len(c) == 2)
 STRINGS = ("string", "large_string", "string_view")
 KINDS = {"int": "int", "uint": "int", "bool": "bool", "float": "float", **dict.fromkeys(STRINGS, "str")}
 PLURALS = {"int": "integers", "bool": "true or false", "float": "numbers", "str": "strings", "list": "lists"}
+EXPECTED = "one integer, string or float per row, or lists of integers or strings"
+LIST = re.compile(r"\[.*\]", re.DOTALL)
 SHOWN = 10  # faults of a split
 
 
@@ -62,7 +66,7 @@ def from_table(name: str, path: str, table: Table, data: DataTrainingArguments, 
                 found = "" if value is None or isinstance(value, str) else f" (but {shortened(value)})"
                 split.add_fault(row, f"has no text in {column!r}{found}")
     if labelled:
-        check_label_column(label, path, list(table.columns))
+        check_has_labels(label, path, list(table.columns))
         take_labels(split, table.columns[label], data, written)
     return split
 
@@ -80,12 +84,21 @@ def take_labels(split: Split, values: list[Any], data: DataTrainingArguments, wr
     """The labels of a file, all of the type that most of them have."""
     column = data.label_column_name
     split.kind = {"class": "str", "number": "float"}.get(data.label_type) or kind_of(values, written)
+    if split.kind not in PLURALS:
+        raise UsageError(f"the column {column!r} of {split.where} holds {split.kind}s: expected {EXPECTED}")
+    if written and split.kind == "str" and all(value is None or LIST.fullmatch(value.strip()) for value in values):
+        raise UsageError(
+            f"the column {column!r} of {split.where} holds lists, which a csv has as text only: save the data as jsonl "
+            "or parquet"
+        )
     split.labels = []
     for row, value in enumerate(values):
         try:
             if data.label_type == "class" and value is not None and not isinstance(value, list):
                 value = str(value)
             split.labels.append(converted(value, split.kind, written))
+            if split.kind == "list" and not all(type(label) in (str, int) for label in value or ()):
+                split.add_fault(row, f"has the {column!r} {shortened(value)}: expected a list of strings or integers")
         except ValueError:
             split.add_fault(
                 row,
@@ -115,7 +128,7 @@ def from_dataset(name: str, where: str, rows: Dataset, data: DataTrainingArgumen
             split.add_fault(int(row), f"has no text in {column!r}")
     if labelled:
         label = data.label_column_name
-        check_label_column(label, where, rows.column_names)
+        check_has_labels(label, where, rows.column_names)
         feature, split.labels = rows.features[label], rows[label][:]
         split.kind, split.names = kind_of_feature(feature, label, where)
         if data.label_type == "number" and split.kind in ("int", "float"):
@@ -132,21 +145,9 @@ def kind_of_feature(feature: Any, column: str, where: str) -> tuple[str, list[st
     dtype = getattr(each, "dtype", "") if isinstance(each, Value | ClassLabel) else ""
     kind = next((kind for start, kind in KINDS.items() if dtype.startswith(start)), None)
     if kind is None or (isinstance(feature, ListOf) and kind in ("float", "bool")):
-        raise UsageError(
-            f"the column {column!r} of {where} holds {feature}: expected one integer, string or float per row, or "
-            "lists of integers or strings"
-        )
+        raise UsageError(f"the column {column!r} of {where} holds {feature}: expected {EXPECTED}")
     names = list(each.names) if isinstance(each, ClassLabel) else None
     return "list" if isinstance(feature, ListOf) else kind, names
-
-
-def check_label_column(name: str, where: str, columns: list[str]) -> None:
-    """Raise UsageError if there is no column of labels."""
-    if name not in columns:
-        raise UsageError(
-            f"{where} has no column {name!r}; columns: {', '.join(columns)}: name the one with the labels in "
-            "--label_column_name"
-        )
 
 
 def text_columns(data: DataTrainingArguments, is_text: dict[str, bool]) -> tuple[str, ...]:

@@ -136,6 +136,12 @@ def load(folder: Path) -> torch.nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(folder)
 
 
+def read_predictions(folder: Path) -> list[dict[str, str]]:
+    """The table that a run in this folder has written."""
+    with (folder / "out/predict_results.tsv").open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
 # Files
 
 
@@ -215,8 +221,7 @@ def test_labels_are_named_in_the_config_and_in_the_predictions(run: Run, tmp_pat
     files = ["--train_file", data, "--validation_file", data, "--test_file", unlabelled]
     run(*files, "--do_train", "--do_eval", "--do_predict", "--num_train_epochs", 40)
     assert load(tmp_path / "out").config.label2id == {"neg": 0, "pos": 1}
-    with (tmp_path / "out/predict_results.tsv").open(newline="") as file:
-        found = list(csv.DictReader(file, delimiter="\t"))
+    found = read_predictions(tmp_path)
     assert list(found[0]) == ["index", "prediction", "score", "p(neg)", "p(pos)", "line", "text"]
     for index, line in enumerate(found):
         name = ("neg", "pos")[index % 2]
@@ -236,6 +241,53 @@ def test_a_file_of_floats_is_a_regression(run: Run, tmp_path: Path):
     header, line = (tmp_path / "out/predict_results.tsv").read_text().splitlines()[:2]
     assert header == "index\tprediction\tline\ttext"
     assert 0 < abs(float(line.split("\t")[1])) < 5
+
+
+def test_several_labels_of_a_row_are_trained_evaluated_and_predicted(run: Run, tmp_path: Path):
+    content = [{"text": row["text"], "label": ["all", *(["pos"] if row["label"] else [])]} for row in rows()]
+    content.append({"text": "the plot was", "label": []})
+    data = write(tmp_path / "train.jsonl", content)
+    files = ["--train_file", data, "--validation_file", data, "--test_file", data]
+    metrics = run(*files, "--do_train", "--do_eval", "--do_predict", "--num_train_epochs", 30)
+    assert metrics["eval_micro_f1"] > 0.9
+    config = load(tmp_path / "out").config
+    assert (config.problem_type, config.id2label) == ("multi_label_classification", {0: "all", 1: "pos"})
+    found = read_predictions(tmp_path)
+    assert list(found[0]) == ["index", "prediction", "p(all)", "p(pos)", "line", "text"]
+    assert [row["prediction"] for row in found[:2]] == ["all", "all,pos"]
+    again = ["--model_name_or_path", tmp_path / "out", "--output_dir", tmp_path / "again", "--validation_file", data]
+    assert run(*again, "--do_eval")["eval_macro_f1"] == pytest.approx(metrics["eval_macro_f1"])
+
+
+def test_an_unbalanced_set_is_not_judged_by_its_accuracy_alone(
+    run: Run, run_glue: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    said: list[str] = []
+    monkeypatch.setattr(run_glue.logger, "warning", said.append)
+    train = write(tmp_path / "train.csv", [{**row, "label": int(index == 5)} for index, row in enumerate(rows())])
+    files = ["--train_file", train, "--validation_file", train]
+    metrics = run(*files, "--do_train", "--do_eval", "--per_device_train_batch_size", 16, "--max_steps", 20)
+    assert metrics["eval_accuracy"] == 15 / 16
+    assert metrics["eval_macro_f1"] == pytest.approx((2 * 15 / 31 + 0) / 2)
+    written = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert written["eval_per_class"]["1"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1.0}
+    assert any("all 16 rows are taken for '0': the accuracy is that class's share, 93.8%" in text for text in said)
+    assert not any("learning_rate" in text for text in said)
+    assert any("no teacher" in text for text in said)
+
+
+def test_rows_that_are_dropped_are_counted_and_predictions_keep_their_lines(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    train = write(tmp_path / "train.jsonl", [*rows(), {"text": None, "label": 1}])
+    validation = write(tmp_path / "validation.csv", [*rows(4), {"text": "the film", "label": 3}])
+    test = write(tmp_path / "test.parquet", [{"text": text} for text in ("the film", None, "the plot")])
+    files = ["--train_file", train, "--validation_file", validation, "--test_file", test, "--drop_empty_rows"]
+    metrics = run(*files, *TRAIN, "--do_predict")
+    assert (metrics["train_samples"], metrics["eval_samples"]) == (16, 4)
+    assert [(row["index"], row["text"]) for row in read_predictions(tmp_path)] == [("0", "the film"), ("2", "the plot")]
+    assert "train.jsonl (1 of 17 rows): line 17 has no text in 'text'" in caplog.text
+    assert "validation.csv (1 of 5 rows): line 6 has the label 3" in caplog.text
 
 
 def test_columns_can_be_named(run: Run, tmp_path: Path):

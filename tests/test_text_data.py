@@ -215,6 +215,23 @@ def test_one_or_zero_of_each_label_is_no_list_of_labels(tmp_path: Path):
     refused(r"line 1 has a label twice in \[1, 0, 1\]: expected those that hold, not 1 or 0 of each", tmp_path, data)
 
 
+def test_labels_that_are_neither_one_nor_a_list_are_refused(tmp_path: Path):
+    data = write(tmp_path / "a.jsonl", WORDS, [["a"], ["b", 0.5], ["a", None], ["b"]])
+    refused(
+        r"line 2 has the 'label' \['b', 0.5\]: expected a list of strings or integers, line 3 .*None\]", tmp_path, data
+    )
+    data = write(tmp_path / "b.jsonl", WORDS, [{"a": 1}] * 4)
+    refused(
+        r"the column 'label' of .*b.jsonl holds dicts: expected one integer, string or float per row", tmp_path, data
+    )
+    data = write(tmp_path / "c.csv", WORDS, ["\"['a', 'b']\"", "['b']", "[]", "['a']"])
+    refused(r"'label' of .*c.csv holds lists, which a csv has as text only: save the data as jsonl", tmp_path, data)
+    data = write(tmp_path / "d.parquet", WORDS, [[0.5], [0.1], [0.2], [0.3]])
+    refused(
+        r"'label' of .*d.parquet holds List.*: expected one integer, string or float per row, or lists", tmp_path, data
+    )
+
+
 BAD_FILES = {
     "empty": ("", r"data.csv holds no row: the file is empty"),
     "header": ("text,label\n", r"data.csv holds no row below its header"),

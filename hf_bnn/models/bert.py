@@ -57,6 +57,27 @@ class BinaryBertConfig(TransformerConfigFields, BertConfig):
             self.exclude = list(HEADS if self.embeddings == "binary" else HEADS + POOLER)
 
 
+class CheckedEmbeddings(BertEmbeddings):
+    """BertEmbeddings that refuse more tokens than there are positions, where torch would speak of sizes to expand."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values_length: int = 0,
+    ) -> Tensor:
+        if position_ids is None and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+            tokens = (inputs_embeds if input_ids is None else input_ids).shape[1] + past_key_values_length
+            if tokens > self.position_ids.shape[1]:
+                raise ValueError(
+                    f"{tokens} tokens are more than the {self.position_ids.shape[1]} positions of this model "
+                    "(max_position_embeddings): let the tokenizer cut them off, with truncation=True and max_length"
+                )
+        return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+
+
 class BinaryBertMixin(BinaryTransformerMixin):
     """What makes any BERT head binary."""
 
@@ -70,6 +91,9 @@ class BinaryBertMixin(BinaryTransformerMixin):
 
     def rewrite(self) -> None:
         super().rewrite()
+        for module in self.modules():
+            if type(module) is BertEmbeddings:
+                module.__class__ = CheckedEmbeddings
         if self.config.binarize == "none":
             return
         self.replace_tables(self.config.embeddings, ("*embeddings.word_embeddings",))
