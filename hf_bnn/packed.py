@@ -19,7 +19,25 @@ from .products import Conv2dProduct, LinearProduct
 LEVELS_POSITION = 8  # of `levels` among the arguments of PackedConv2d
 
 
-class _PackedWeight(nn.Module):
+class _Scaled(nn.Module):
+    """A module with integers and their scales, which keep their dtype whatever the module is cast to.
+
+    So that it computes what its latent form does, which makes the scales anew, in their dtype.
+    """
+
+    weight_scale: Tensor
+    float_dtype: torch.dtype  # what it is cast to: of the numbers that it puts out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        scale = self.weight_scale
+        self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype, device=scale.device)).dtype
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+
+class _PackedWeight(_Scaled):
     """What both packed layers share. Comes before the float layer whose place they take."""
 
     product: LinearProduct | Conv2dProduct
@@ -39,6 +57,7 @@ class _PackedWeight(nn.Module):
         self.binary_inputs, self.weight_scaling = binary_inputs, weight_scaling
         self.input_levels = SignedLevels() if levels is None else levels
         out = bytes_shape[0]
+        self.float_dtype = torch.get_default_dtype()
         self.register_buffer("weight", torch.zeros(bytes_shape, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.zeros(out, dtype=torch.float32, device=device))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out, device=device)) if bias else None)
@@ -48,7 +67,7 @@ class _PackedWeight(nn.Module):
         """The packed form of `layer`, its bits still to be loaded."""
         structure = (layer.input_levels, layer.binarize == "both", layer.weight_scaling, layer.weight.device)
         new = cls(*cls.geometry(layer), layer.bias is not None, *structure)
-        new.bias = layer.bias
+        new.bias, new.float_dtype = layer.bias, layer.weight.dtype
         return new
 
     @classmethod
@@ -255,7 +274,7 @@ class PackedConv2d(_PackedWeight, nn.Conv2d):
         return lambda x: kernels.conv2d(x, *operands)
 
 
-class _PackedEmbedding(nn.Embedding):
+class _PackedEmbedding(_Scaled, nn.Embedding):
     """The base of both packed tables: integers under `weight`, one scale per row under `weight_scale`."""
 
     weight_dtype: torch.dtype
@@ -267,8 +286,10 @@ class _PackedEmbedding(nn.Embedding):
         embedding_dim: int,
         padding_idx: int | None = None,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         nn.Module.__init__(self)  # not nn.Embedding's: it would register a float parameter under `weight`
+        self.float_dtype = torch.get_default_dtype() if dtype is None else dtype
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         shape = (num_embeddings, self.row_bytes(embedding_dim))
@@ -282,7 +303,8 @@ class _PackedEmbedding(nn.Embedding):
     @classmethod
     def empty_like(cls, layer: nn.Embedding) -> "_PackedEmbedding":
         """The packed form of `layer`, its integers still to be loaded."""
-        return cls(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, layer.weight.device)
+        size = (layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
+        return cls(*size, layer.weight.device, layer.weight.dtype)
 
     def integers(self, rows: Tensor) -> Tensor:
         """Stored rows `(n, row_bytes)` as int8 `(n, dim)`."""
@@ -291,11 +313,11 @@ class _PackedEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.flatten()
         rows = self.integers(self.weight[flat]).float() * self.weight_scale[flat].float().unsqueeze(-1)
-        return rows.view(*ids.shape, self.embedding_dim)
+        return rows.to(self.float_dtype).view(*ids.shape, self.embedding_dim)
 
 
 class PackedInt8Embedding(_PackedEmbedding):
-    """ids `(...)` to rows `(..., dim)`, from int8 `(rows, dim)` and a float32 scale per row."""
+    """ids `(...)` to rows `(..., dim)`, from int8 `(rows, dim)` and a float32 scale per row, in `float_dtype`."""
 
     weight_dtype, scale_dtype = torch.int8, torch.float32
 
@@ -336,8 +358,8 @@ class PackedBinaryEmbedding(_PackedEmbedding):
 
 def _latent_table(packed: _PackedEmbedding, cls: type) -> nn.Embedding:
     table = cls(packed.num_embeddings, packed.embedding_dim, packed.padding_idx)
-    integers = packed.integers(packed.weight).float()
-    table.weight = nn.Parameter(integers * packed.weight_scale.float().unsqueeze(-1))
+    rows = packed.integers(packed.weight).float() * packed.weight_scale.float().unsqueeze(-1)
+    table.weight = nn.Parameter(rows.to(packed.float_dtype))
     return table
 
 

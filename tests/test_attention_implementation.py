@@ -43,7 +43,7 @@ def test_binary_attention_cannot_be_made_float(make, attention: str, state: str)
 @pytest.mark.parametrize("settings", [{}, {"binarize": "none", "attention": "binary"}])
 def test_float_attention_cannot_be_made_binary(make, settings: dict):
     model = make(**settings).eval()
-    with pytest.raises(ValueError, match="is for binary attention, but this model has attention=.*choose 'sdpa'"):
+    with pytest.raises(ValueError, match=r"is for binary attention, but this model has attention=.*choose 'sdpa'"):
         model.set_attn_implementation("hf_bnn")
     eager, sdpa = [(model.set_attn_implementation(name), run(model))[1] for name in ("eager", "sdpa")]
     torch.testing.assert_close(eager, sdpa)
@@ -88,7 +88,7 @@ def test_a_boolean_mask_equals_the_additive_one(kind: type):
     for attention in (plain, fused):
         found = attention(*inputs, mask=allowed, scaling=0.3)[0]
         assert torch.equal(found, plain(*inputs, mask=added, scaling=0.3)[0])
-    with pytest.raises(ValueError, match="a mask of torch.bool: expected floats, which are added to the scores"):
+    with pytest.raises(ValueError, match=r"a mask of torch.bool: expected floats, which are added to the scores"):
         kernels.attention(*inputs, fused.kernel_levels, 0.3, allowed)
 
 

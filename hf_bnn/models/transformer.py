@@ -83,7 +83,7 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)  # without it the padding
 
 
 class BinaryTransformerMixin(BinaryModelMixin):
-    """What makes any transformer binary. The family says which classes its attention has, and where GELU's outputs go."""
+    """What makes any transformer binary. The family says of which classes its attention is, and what follows GELU."""
 
     attention_classes: ClassVar[tuple[type[nn.Module], ...]]
     config: TransformerConfigFields
