@@ -64,8 +64,25 @@ class BinaryMatmul(BinaryLayer):
         return y
 
 
+def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`mask` as numbers to add to scores: of a boolean one, in which True attends, 0 or the smallest of `dtype`.
+
+    Raises ValueError for integers, which may mean either.
+    """
+    if mask is None or mask.is_floating_point():
+        return mask
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"an attention mask of {mask.dtype} and shape {tuple(mask.shape)}: expected a boolean one, in which True "
+            "attends, or floats to add to the scores; convert it with mask.bool()"
+        )
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
 class BinaryAttention(nn.Module):
     """softmax(q k^T + mask) v with both products binary (BiT, arXiv 2205.13016, section 3.2).
+
+    A boolean mask is taken as torch takes it: True attends.
 
     q, k, v `(batch, heads, tokens, head_dim)` are signed; the probabilities take {0, a}, so that a masked token, whose
     probability is 0, still adds nothing. Returns `(batch, heads, tokens, head_dim)` and the float probabilities.
@@ -93,7 +110,7 @@ class BinaryAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Whoever sets `need_weights` to False must not count on the probabilities."""
         scores = self.scores(query, key.transpose(-1, -2)) * scaling
-        if mask is not None:
+        if (mask := additive_mask(mask, scores.dtype)) is not None:
             scores = scores + mask
         probabilities = scores.softmax(-1)
         kept = F.dropout(probabilities, dropout, self.training)
@@ -133,7 +150,7 @@ class BooleanAttention(BinaryAttention):
         # Far enough below the threshold for any surrogate gradient, and no mask's -inf or 1e38, which methods would
         # meet in their statistics. It moves with the threshold, so that neither learns from the other.
         low = (levels.threshold() - 2).to(scores.dtype)
-        if mask is not None:
+        if (mask := additive_mask(mask, scores.dtype)) is not None:
             scores = torch.where(mask < MASKED, low, scores + mask)
         if dropout and self.training:
             scores = torch.where(torch.rand_like(scores) < dropout, low, scores)

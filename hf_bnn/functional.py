@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .observers import transformed
+from .observers import looked_on, transformed
 
 
 def sign(x: Tensor) -> Tensor:
@@ -160,7 +160,9 @@ def unpack_bits(packed: Tensor, size: int) -> Tensor:
         shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
         bits = packed.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and(1).flatten(1)
         return (1 - 2 * bits.to(torch.int8))[:, :size]
-    signs = _signs_of_byte(packed.device).index_select(0, packed.flatten().int())
+    # A table made under a mode may be a fake one, which must not be kept.
+    table = _signs_of_byte.__wrapped__ if looked_on() and not torch.compiler.is_compiling() else _signs_of_byte
+    signs = table(packed.device).index_select(0, packed.flatten().int())
     return signs.view(torch.int8).view(packed.shape[0], 8 * packed.shape[1])[:, :size]
 
 

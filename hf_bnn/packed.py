@@ -40,9 +40,13 @@ class _Packed(nn.Module):
     The latent module computes its scales in that type, whatever its own: in another they would round otherwise.
     """
 
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+    weight_scale: Tensor
+    float_dtype: torch.dtype  # what it is cast to: of the numbers that it puts out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         scale = self.weight_scale
-        super()._apply(*args, **kwargs)
+        self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype, device=scale.device)).dtype
+        super()._apply(fn, recurse)
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
@@ -83,6 +87,7 @@ class _PackedWeight(_Packed):
         self.binary_inputs, self.weight_scaling = binary_inputs, weight_scaling
         self.input_levels = SignedLevels() if levels is None else levels
         out = bytes_shape[0]
+        self.float_dtype = torch.get_default_dtype()
         self.register_buffer("weight", torch.zeros(bytes_shape, dtype=torch.uint8, device=device))
         self.register_buffer("weight_scale", torch.zeros(out, dtype=torch.float32, device=device))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out, device=device)) if bias else None)
@@ -92,7 +97,7 @@ class _PackedWeight(_Packed):
         """The packed form of `layer`, its bits still to be loaded."""
         structure = (layer.input_levels, layer.binarize == "both", layer.weight_scaling, layer.weight.device)
         new = cls(*cls.geometry(layer), layer.bias is not None, *structure)
-        new.bias = layer.bias
+        new.bias, new.float_dtype = layer.bias, layer.weight.dtype
         return new
 
     @classmethod
@@ -322,8 +327,10 @@ class _PackedEmbedding(_Packed, nn.Embedding):
         embedding_dim: int,
         padding_idx: int | None = None,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         nn.Module.__init__(self)  # not nn.Embedding's: it would register a float parameter under `weight`
+        self.float_dtype = torch.get_default_dtype() if dtype is None else dtype
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         shape = (num_embeddings, self.row_bytes(embedding_dim))
@@ -337,7 +344,8 @@ class _PackedEmbedding(_Packed, nn.Embedding):
     @classmethod
     def empty_like(cls, layer: nn.Embedding) -> "_PackedEmbedding":
         """The packed form of `layer`, its integers still to be loaded."""
-        return cls(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, layer.weight.device)
+        size = (layer.num_embeddings, layer.embedding_dim, layer.padding_idx)
+        return cls(*size, layer.weight.device, layer.weight.dtype)
 
     def integers(self, rows: Tensor) -> Tensor:
         """Stored rows `(n, row_bytes)` as int8 `(n, dim)`."""
@@ -347,11 +355,11 @@ class _PackedEmbedding(_Packed, nn.Embedding):
         flat = ids.flatten()
         scale = self.weight_scale.index_select(0, flat)  # unlike indexing it takes no -1, as nn.Embedding takes none
         rows = self.integers(self.weight.index_select(0, flat)).float() * scale.float().unsqueeze(-1)
-        return rows.view(*ids.shape, self.embedding_dim)
+        return rows.to(self.float_dtype).view(*ids.shape, self.embedding_dim)
 
 
 class PackedInt8Embedding(_PackedEmbedding):
-    """ids `(...)` to rows `(..., dim)`, from int8 `(rows, dim)` and a float32 scale per row."""
+    """ids `(...)` to rows `(..., dim)`, from int8 `(rows, dim)` and a float32 scale per row, in `float_dtype`."""
 
     weight_dtype, scale_dtype = torch.int8, torch.float32
 
@@ -392,8 +400,8 @@ class PackedBinaryEmbedding(_PackedEmbedding):
 
 def _latent_table(packed: _PackedEmbedding, cls: type) -> nn.Embedding:
     table = cls(packed.num_embeddings, packed.embedding_dim, packed.padding_idx)
-    integers = packed.integers(packed.weight).float()
-    table.weight = nn.Parameter(integers * packed.weight_scale.float().unsqueeze(-1))
+    rows = packed.integers(packed.weight).float() * packed.weight_scale.float().unsqueeze(-1)
+    table.weight = nn.Parameter(rows.to(packed.float_dtype))
     return table
 
 

@@ -96,7 +96,7 @@ class QuickstartArguments:
     method: str = field(default="surge", metadata={"help": "A training method: one of hf_bnn.METHODS."})
     method_args: str | None = field(default=None, metadata={"help": 'Its arguments, such as "eta=0.1,aux=own".'})
     binarize: str = field(default="both", metadata={"help": "both, weights or activations."})
-    attention: str = field(default="float", metadata={"help": "float or binary attention products."})
+    attention: str = field(default="float", metadata={"help": "Attention products: float, binary or boolean."})
     embeddings: str = field(default="int8", metadata={"help": "float, int8 or binary word embeddings."})
     learning_rate: float | None = field(default=None, metadata={"help": "Of the binary model; default: the preset's."})
     num_train_epochs: float | None = field(default=None, metadata={"help": "Likewise."})
@@ -298,7 +298,8 @@ def binary_student(
     run(trainer)
     trainer.save_model(folder / "packed")
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # without autocast
-    model.set_attn_implementation("hf_bnn" if arguments.attention == "binary" else "sdpa")
+    if arguments.attention == "float":
+        model.set_attn_implementation("sdpa")  # as the packed model is loaded
     return model, trainer.state.log_history
 
 

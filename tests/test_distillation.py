@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import SIZE, scramble, tiny_batch, tiny_float_bert, tiny_images, tiny_model, tiny_vit
+from tiny import SIZE, tiny_batch, tiny_float_bert, tiny_images, tiny_model, tiny_vit
 from torch import nn
 from transformers import (
     BertConfig,

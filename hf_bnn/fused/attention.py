@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..attention import BinaryAttention, BooleanAttention
+from ..attention import BinaryAttention, BooleanAttention, additive_mask
 from ..kernels.sources import Place, tensors_of
 from .base import Fused
 
@@ -33,6 +33,7 @@ class _FusedProducts(Fused):
         plain = learns or need_weights or self.scores.partial or self.context.partial or not self.current()
         if plain or not query.dtype == key.dtype == value.dtype == torch.float32:
             return super().forward(query, key, value, mask, scaling, dropout, need_weights)
+        mask = additive_mask(mask, query.dtype)
         return kernels.attention(query, key, value, self.kernel_levels, scaling, mask, self.softmax), None
 
     def places(self) -> list[Place]:

@@ -42,7 +42,7 @@ def _attention(
     mask: Tensor | None = None,
     softmax: bool = True,
 ) -> Tensor:
-    check_attention(query, key, value, levels)
+    check_attention(query, key, value, levels, mask)
     (batch, heads, n, size), tokens = query.shape, key.shape[2]
     chosen = instruction_set()
     floats = query.dtype == key.dtype == value.dtype == levels.dtype == torch.float32
@@ -83,7 +83,7 @@ def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] < 2 else x.contiguous()
 
 
-def check_attention(query: Tensor, key: Tensor, value: Tensor, levels: Tensor) -> None:
+def check_attention(query: Tensor, key: Tensor, value: Tensor, levels: Tensor, mask: Tensor | None) -> None:
     expected = (*query.shape[:2], key.shape[-2], query.shape[-1])
     if query.dim() != 4 or key.shape != expected or value.shape != expected:
         raise ValueError(
@@ -92,6 +92,8 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, levels: Tensor) -
         )
     if levels.shape != (LEVELS,):
         raise ValueError(f"levels has shape {tuple(levels.shape)}: expected ({LEVELS},)")
+    if mask is not None and not mask.is_floating_point():
+        raise ValueError(f"a mask of {mask.dtype}: expected floats, which are added to the scores")
 
 
 define_op(

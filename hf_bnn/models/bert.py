@@ -14,7 +14,7 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
 )
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertSelfAttention
+from transformers.models.bert.modeling_bert import BertCrossAttention, BertEmbeddings, BertSelfAttention
 
 from ..embeddings import RoundedEmbedding
 from ..functional import straight_through
@@ -82,7 +82,7 @@ class BinaryBertMixin(BinaryTransformerMixin):
     """What makes any BERT head binary."""
 
     config_class = BinaryBertConfig
-    attention_class = BertSelfAttention
+    attention_classes = (BertSelfAttention, BertCrossAttention)
     config: BinaryBertConfig
 
     @staticmethod

@@ -27,6 +27,21 @@ class TransformerConfigFields(BinaryConfigFields):
         check_choice("attention", self.attention, tuple(ATTENTIONS))
         check_choice("ffn_levels", self.ffn_levels, ("elastic", "unsigned"))
 
+    @property
+    def has_binary_attention(self) -> bool:
+        """Whether the two attention products are binary."""
+        return ATTENTIONS[self.attention] is not None and self.binarize != "none"
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict[str, str] | None) -> None:
+        if getattr(self, "_attn_implementation_internal", None) == ATTENTION:  # a model has been made of this config
+            check_implementation(self, value.get("", ATTENTION) if isinstance(value, dict) else value)
+        super(TransformerConfigFields, type(self))._attn_implementation.fset(self, value)
+
 
 def binary_attention(
     module: nn.Module,
@@ -47,14 +62,30 @@ def binary_attention(
     return context.transpose(1, 2).contiguous(), weights
 
 
+def check_implementation(config: TransformerConfigFields, asked: str | None) -> None:
+    """Raise ValueError unless `asked` computes the attention of `config`."""
+    if config.has_binary_attention and asked != ATTENTION:
+        raise ValueError(
+            f"attn_implementation={asked!r} computes float attention, but this model has attention="
+            f"{config.attention!r}, whose products are binary: leave it at {ATTENTION!r}. Its weights are "
+            "there with output_attentions=True in a call; for float attention make the model with attention='float'"
+        )
+    if not config.has_binary_attention and asked == ATTENTION:
+        raise ValueError(
+            f"attn_implementation={ATTENTION!r} is for binary attention, but this model has attention="
+            f"{config.attention!r} and binarize={config.binarize!r}: choose 'sdpa' or 'eager', or make the model with "
+            "attention='binary'"
+        )
+
+
 AttentionInterface.register(ATTENTION, binary_attention)
 AttentionMaskInterface.register(ATTENTION, eager_mask)  # without it the padding mask is silently dropped
 
 
 class BinaryTransformerMixin(BinaryModelMixin):
-    """What makes any transformer binary. The family says which class its attention has, and where GELU's outputs go."""
+    """What makes any transformer binary. The family says of which classes its attention is, and what follows GELU."""
 
-    attention_class: ClassVar[type[nn.Module]]
+    attention_classes: ClassVar[tuple[type[nn.Module], ...]]
     config: TransformerConfigFields
 
     @staticmethod
@@ -63,15 +94,19 @@ class BinaryTransformerMixin(BinaryModelMixin):
         raise NotImplementedError("a binary transformer must say which layers see GELU's outputs")
 
     def prepare_config(self, config: TransformerConfigFields) -> None:
-        if ATTENTIONS[config.attention] and config.binarize != "none":  # not stored in config.json by transformers
+        if config.has_binary_attention:  # not stored in config.json by transformers
             config._attn_implementation = ATTENTION
 
     def rewrite(self) -> None:
-        attention = ATTENTIONS[self.config.attention]
-        if attention and self.config.binarize != "none":
+        if self.config.has_binary_attention:
             for module in list(self.modules()):
-                if isinstance(module, self.attention_class):
-                    module.binary_attention = attention()
+                if isinstance(module, self.attention_classes):
+                    module.binary_attention = ATTENTIONS[self.config.attention]()
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        """As in transformers, which asks for each model in a model: see `check_implementation`."""
+        check_implementation(self.config, requested_attention)
+        return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
 
     def input_levels(self, name: str) -> SignedLevels:
         if self.follows_gelu(name):

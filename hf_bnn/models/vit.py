@@ -47,7 +47,7 @@ class BinaryViTMixin(BinaryTransformerMixin):
     """What makes any ViT head binary."""
 
     config_class = BinaryViTConfig
-    attention_class = ViTAttention
+    attention_classes = (ViTAttention,)
     config: BinaryViTConfig
 
     @staticmethod
