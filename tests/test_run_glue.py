@@ -470,6 +470,14 @@ def test_a_teacher_must_fit_the_student(run: Run, files: list[str], base: Path, 
     run(*files, *TRAIN, "--teacher_model_name_or_path", wide, "--distillation_hidden_weight", 0)
 
 
+def test_how_to_distil_is_not_said_without_a_teacher(run: Run, files: list[str]):
+    message = (
+        r"distillation_temperature=2\.0 is for distillation, but there is no teacher: give --teacher_model_name_or"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(*files, *TRAIN, "--distillation_temperature", 2)
+
+
 @pytest.mark.parametrize("argument", ["attention", "embeddings", "teacher_model_name_or_path"])
 def test_a_float_model_has_nothing_binary(run: Run, files: list[str], argument: str):
     with pytest.raises(ValueError, match=f"--binarize none trains a plain float model: leave out --{argument}"):

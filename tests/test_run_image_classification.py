@@ -520,6 +520,14 @@ def test_a_float_model_is_trained_by_the_same_script_and_then_teaches(
     assert is_packed(load(tmp_path / "out"))
 
 
+def test_how_to_distil_is_not_said_without_a_teacher(run: Run, folders: list[str]):
+    message = (
+        r"distillation_temperature=2\.0 is for distillation, but there is no teacher: give --teacher_model_name_or"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(*folders, *VIT, *TRAIN, "--distillation_temperature", 2)
+
+
 def test_a_teacher_must_fit_the_student(run: Run, folders: list[str], tmp_path: Path):
     def refused(message: str, teacher: Path, *arguments: object) -> None:
         with pytest.raises(ValueError, match=message):

@@ -4,20 +4,37 @@ import copy
 
 import pytest
 import torch
-from test_trainer import arguments, rows
-from tiny import SIZE, tiny_batch, tiny_float_bert, tiny_model
+from test_trainer import arguments, losses, rows
+from tiny import SIZE, VIT_SIZE, tiny_batch, tiny_float_bert, tiny_float_vit, tiny_images, tiny_model, tiny_vit
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
     BertForPreTraining,
     BertForQuestionAnswering,
     BertForTokenClassification,
     BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForMaskedImageModeling,
 )
 
-from hf_bnn import BinaryBertForTokenClassification, BinaryConfig, BinaryTrainer, pack_
+from hf_bnn import (
+    BinaryBertConfig,
+    BinaryBertForMaskedLM,
+    BinaryBertForMultipleChoice,
+    BinaryBertForQuestionAnswering,
+    BinaryBertForTokenClassification,
+    BinaryConfig,
+    BinaryTrainer,
+    BinaryViTConfig,
+    BinaryViTForMaskedImageModeling,
+    pack_,
+)
 from hf_bnn.distillation import Distillation, Outputs, head_of
 from hf_bnn.teacher import TeacherCache, teacher_inputs
 
@@ -228,6 +245,68 @@ def test_an_encoder_decoder_is_taught(tmp_path):
     assert teacher_inputs(tiny_float_bert(), {"input_ids": 1, "labels": 2}, ["labels"]) == {"input_ids": 1}
 
 
+BERT = {**SIZE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_hidden_layers": 1}
+DECODER = {**BERT, "num_key_value_heads": 2, "pad_token_id": 0}
+MANY = {"num_labels": 3, "problem_type": "multi_label_classification"}
+VALUES = {"num_labels": 3, "problem_type": "regression"}
+
+
+def tokens(**labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in tiny_batch().items() if name != "labels"} | labels
+
+
+def choices() -> dict[str, torch.Tensor]:
+    return {name: value.view(2, 2, 6) for name, value in tokens().items()} | {"labels": torch.tensor([0, 1])}
+
+
+def masked_images() -> dict[str, torch.Tensor]:
+    return {"pixel_values": tiny_images()["pixel_values"], "bool_masked_pos": torch.tensor([[0, 1, 1, 0]] * 4).bool()}
+
+
+WHERE, IDS = torch.tensor([1, 2, 0, 3]), tiny_batch()["input_ids"]
+TAUGHT = {  # student, teacher, batch
+    "labels": (lambda: tiny_model(**MANY), lambda: tiny_float_bert(**MANY), tokens(labels=torch.ones(4, 3))),
+    "values": (lambda: tiny_model(**VALUES), lambda: tiny_float_bert(**VALUES), tokens(labels=torch.ones(4, 3))),
+    "spans": (
+        lambda: BinaryBertForQuestionAnswering(BinaryBertConfig(**BERT)),
+        lambda: BertForQuestionAnswering(BertConfig(**BERT)),
+        tokens(start_positions=WHERE, end_positions=WHERE),
+    ),
+    "choices": (
+        lambda: BinaryBertForMultipleChoice(BinaryBertConfig(**BERT)),
+        lambda: BertForMultipleChoice(BertConfig(**BERT)),
+        choices(),
+    ),
+    "masked words": (
+        lambda: BinaryBertForMaskedLM(BinaryBertConfig(**BERT)),
+        lambda: BertForMaskedLM(BertConfig(**BERT)),
+        tokens(labels=torch.where(IDS % 2 == 0, IDS, -100)),
+    ),
+    "next words": (
+        lambda: BinaryConfig().apply_(LlamaForCausalLM(LlamaConfig(**DECODER))),
+        lambda: LlamaForCausalLM(LlamaConfig(**DECODER)),
+        tokens(labels=IDS),
+    ),
+    "images": (tiny_vit, tiny_float_vit, tiny_images()),
+    "masked images": (
+        lambda: BinaryViTForMaskedImageModeling(BinaryViTConfig(**VIT_SIZE)),
+        lambda: ViTForMaskedImageModeling(ViTConfig(**VIT_SIZE)),
+        masked_images(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TAUGHT)
+def test_every_head_is_taught(tmp_path, kind: str):
+    student, teacher, batch = TAUGHT[kind]
+    count = len(next(iter(batch.values())))
+    data = [{name: value[row] for name, value in batch.items()} for row in range(count)]
+    args = arguments(tmp_path, num_train_epochs=12, teacher_cache_gb=0.1, logging_steps=6, lr_scheduler_type="constant")
+    one = BinaryTrainer(student(), args, train_dataset=data, teacher_model=teacher())
+    one.train()
+    assert losses(one)[-1] < losses(one)[0]
+
+
 # The cache
 
 
@@ -330,11 +409,9 @@ def test_a_taught_token_classifier_is_the_same_with_and_without_the_cache(tmp_pa
 
     def weights(gigabytes: float) -> torch.Tensor:
         torch.manual_seed(0)
-        config = BertConfig(**SIZE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        teacher = BertForTokenClassification(config)
-        student = BinaryBertForTokenClassification(
-            BinaryBertForTokenClassification.config_class(**config.to_diff_dict() | {"model_type": "hf_bnn_bert"})
-        )
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        teacher = BertForTokenClassification(BertConfig(**dropout, **SIZE))
+        student = BinaryBertForTokenClassification(BinaryBertConfig(**dropout, **SIZE))
         args = arguments(tmp_path, num_train_epochs=2, teacher_cache_gb=gigabytes, distillation_hidden_weight=0.0)
         BinaryTrainer(student, args, train_dataset=data, teacher_model=teacher).train()
         return student.classifier.weight.detach()
