@@ -68,6 +68,9 @@ def _other_kind(folder: Path) -> str | None:
     inside = ", ".join(path.name for path in checkpoints(folder)[:3])
     instead = f"name one of its checkpoints ({inside}), or True for the newest" if inside else None
     config = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        anew = "load the adapter with peft, and train it without resume_from_checkpoint, which begins a new run"
+        return f"it is a saved adapter without an optimizer's state: {instead or anew}"
     if not config.is_file():
         return f"it holds checkpoints, but is none: {instead}" if instead else None
     try:

@@ -328,6 +328,9 @@ def test_the_final_packed_folder_is_called_what_it_is(run, tmp_path):
         ValueError, match=r"a saved model without an optimizer's state, .*: load the model and train it"
     ):
         verify_checkpoint(tmp_path / "latent")
+    (tmp_path / "latent" / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="it is a saved adapter without an optimizer's state: load the adapter"):
+        verify_checkpoint(tmp_path / "latent")
     for name in ("config.json", "model.safetensors"):
         (run / name).unlink()
     with pytest.raises(ValueError, match=r"holds checkpoints, but is none: name one of its checkpoints \(checkpoint-4"):
