@@ -226,6 +226,11 @@ def pack_(model: nn.Module, commit: bool = False) -> nn.Module:
         )
 
     def packed(name: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, WeightedLayer) and type(module) not in PACKED and module.binary_weight:
+            raise ValueError(
+                f"{name!r} is a {type(module).__name__}, which has no packed form: if it has parametrizations, remove "
+                "them first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
         if not _packs(module):
             return None
         bits = PACKED[type(module)].from_latent(module)

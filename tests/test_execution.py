@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from tiny import tiny_batch, tiny_images, tiny_model, tiny_resnet, tiny_vit
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaModel, PreTrainedModel, WavLMConfig, WavLMModel
 
@@ -171,6 +172,22 @@ def test_subclasses_of_a_reader_are_readers():
 
     assert reads_weight(Mine(), "q_proj")
     assert not reads_weight(Mine(), "gru_rel_pos_linear")
+
+
+FAMILIES = {
+    "bert": (tiny_model, tiny_batch()),
+    "bert, binary attention": (lambda: tiny_model(attention="binary"), tiny_batch()),
+    "vit": (tiny_vit, tiny_images()),
+    "resnet": (tiny_resnet, tiny_images()),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_layer_of_our_own_families_is_passed_by(family: str, state: str):
+    make, batch = FAMILIES[family]
+    model = STATES[state](make().eval())
+    check_layers_run(model, lambda: model(**batch))
 
 
 # What is not known in advance

@@ -95,6 +95,16 @@ def test_a_mask_of_minus_infinity_may_be_packed():
     assert is_packed(pack_(model))
 
 
+def test_a_layer_without_a_packed_form_is_refused_before_anything_is_packed():
+    model = binarize_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    nn.utils.parametrizations.weight_norm(model[1])
+    with pytest.raises(ValueError, match="'1' is a ParametrizedBinaryLinear, which has no packed form"):
+        pack_(model)
+    assert not is_packed(model)
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    assert is_packed(pack_(model))
+
+
 def test_a_scale_that_float16_cannot_hold_is_refused():
     model = nn.Sequential(BinaryEmbedding(4, 8))
     nn.init.constant_(model[0].weight, 1e6)
