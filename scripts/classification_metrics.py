@@ -84,8 +84,8 @@ class ClassificationMetrics:
         self.logger.info("each class:\n" + "\n".join(lines))
 
 
-def save_evaluation(trainer: Trainer, metrics: dict[str, float], table: Table) -> None:
-    """Write eval_results.json, with the figures of each class, and all_results.json without them."""
+def save_evaluation(trainer: Trainer, metrics: dict[str, float], tables: dict[str, Table]) -> None:
+    """Write eval_results.json, with the figures of each class by their keys, and all_results.json without them."""
     trainer.save_metrics("eval", metrics)
-    if table:
-        trainer.save_metrics("eval", {**metrics, "eval_per_class": table}, combined=False)
+    if tables:
+        trainer.save_metrics("eval", {**metrics, **tables}, combined=False)

@@ -47,18 +47,19 @@ logger = logging.getLogger("run_glue")
 class Metrics:
     """`compute_metrics` for Trainer: the task's, or for a regression the error and correlations, or those of classes.
 
-    `classes`: those of classes, None for a task or a regression.
+    `classes` has the figures of each class, also of a task; it is None for a regression.
     """
 
     def __init__(self, task: str | None, labels: Labels):
         self.task, self.labels = task, labels
-        self.classes = None if task or labels.regression else ClassificationMetrics(labels, logger)
-        self.metric = None if self.classes else GlueMetric(task or "stsb")
+        self.classes = None if labels.regression else ClassificationMetrics(labels, logger)
+        self.metric = GlueMetric(task or "stsb") if task or labels.regression else None
 
     def __call__(self, outputs: EvalPrediction) -> dict[str, float]:
         values = predicted(first(outputs.predictions), self.labels)
-        if self.classes:
-            return self.classes(values, outputs.label_ids)
+        scores = self.classes(values, outputs.label_ids) if self.classes else {}
+        if self.metric is None:
+            return scores
         scores = self.metric.compute(predictions=values, references=outputs.label_ids)
         if self.task is None:
             scores = {"mse": float(((values - outputs.label_ids) ** 2).mean()), **scores}
@@ -115,18 +116,20 @@ def train(trainer: CheckedTrainer, resume: str | None) -> dict[str, float]:
 def evaluate(trainer: CheckedTrainer, examples: dict[str, Examples]) -> dict[str, float]:
     """Evaluate every validation split and write eval_results.json; MNLI's second split has keys that end in _mm."""
     combined: dict[str, float] = {}
+    tables = {}
+    classes = trainer.compute_metrics.classes
     for name, found in examples.items():
         if not name.startswith("validation"):
             continue
+        end = "_mm" if name.endswith("_mismatched") else ""
         metrics = {**trainer.evaluate(eval_dataset=found.tokens), "eval_samples": len(found.tokens)}
-        if name.endswith("_mismatched"):
-            metrics = {f"{key}_mm": value for key, value in metrics.items()}
+        metrics = {f"{key}{end}": value for key, value in metrics.items()}
         trainer.log_metrics("eval", metrics)
         combined.update(metrics)
-    classes = trainer.compute_metrics.classes
-    if classes and trainer.is_world_process_zero():
-        classes.log_table()
-    save_evaluation(trainer, combined, classes.table if classes else {})
+        if classes:
+            tables[f"eval_per_class{end}"] = classes.table
+            classes.log_table()
+    save_evaluation(trainer, combined, tables)
     return combined
 
 

@@ -128,9 +128,8 @@ def evaluate(trainer: CheckedTrainer) -> dict[str, float]:
         metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
     classes = trainer.compute_metrics.classes
-    if trainer.is_world_process_zero():
-        classes.log_table()
-    save_evaluation(trainer, metrics, classes.table)
+    classes.log_table()
+    save_evaluation(trainer, metrics, {"eval_per_class": classes.table})
     return metrics
 
 

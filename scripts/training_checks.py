@@ -87,6 +87,8 @@ def check_output_dir(training: BinaryTrainingArguments, output: OutputArguments)
 
 def warn_of_habits(training: BinaryTrainingArguments, teacher: str | None, logger: logging.Logger) -> None:
     """What is right for a float model, and costs a binary one much of its accuracy."""
+    if not training.should_log:
+        return
     if 0 < training.learning_rate <= FLOAT_RATE:
         logger.warning(
             f"learning_rate={training.learning_rate:g} is one for float models: the signs of binary weights would "

@@ -81,7 +81,7 @@ def test_the_table_is_in_the_log_and_in_the_results(tmp_path: Path, caplog: pyte
         for name in (split, "all") if combined else (split,):
             (tmp_path / f"{name}.json").write_text(json.dumps(values))
 
-    save_evaluation(SimpleNamespace(save_metrics=save_metrics), found, metrics.table)
+    save_evaluation(SimpleNamespace(save_metrics=save_metrics), found, {"eval_per_class": metrics.table})
     assert json.loads((tmp_path / "all.json").read_text()) == found
     assert json.loads((tmp_path / "eval.json").read_text()) == {**found, "eval_per_class": metrics.table}
 

@@ -401,6 +401,9 @@ def test_every_glue_task_runs_by_its_name(
     other |= {f"{name}_mm" for name in other} if task == "mnli" else set()
     keys = {key.removeprefix("eval_") for key in metrics if key.startswith("eval_")}
     assert keys - other == METRICS[task]
+    written = json.loads((tmp_path / "out/eval_results.json").read_text())
+    tables = [key for key in written if key.startswith("eval_per_class")]
+    assert len(tables) == {"stsb": 0, "mnli": 2}.get(task, 1)
     config = load(tmp_path / "out").config
     assert config.num_labels == {"stsb": 1, "mnli": 3}.get(task, 2)
     predictions = sorted(path.name for path in (tmp_path / "out").glob("predict_*"))

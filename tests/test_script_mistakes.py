@@ -196,7 +196,7 @@ def test_a_packed_model_is_not_trained(failing: Failing, inputs: dict[str, list[
 def test_habits_of_float_models_are_warned_of(
     rate: float, teacher: str | None, expected: list[str], caplog: pytest.LogCaptureFixture
 ):
-    warn_of_habits(SimpleNamespace(learning_rate=rate), teacher, logging.getLogger("habits"))
+    warn_of_habits(SimpleNamespace(learning_rate=rate, should_log=True), teacher, logging.getLogger("habits"))
     assert len(caplog.messages) == len(expected)
     assert all(re.search(text, message) for text, message in zip(expected, caplog.messages, strict=True))
 
