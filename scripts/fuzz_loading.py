@@ -321,7 +321,6 @@ def recompute_digests(folder: Path) -> None:
 
 def run_limited(load: Callable[[], Outcome]) -> Outcome:
     """`load()` in a forked process with its own limits of memory and time."""
-    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no other thread holds a lock here
@@ -331,26 +330,32 @@ def run_limited(load: Callable[[], Outcome]) -> Outcome:
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         answer = pipe.read()
-    _, status, usage = os.wait4(child, 0)
+    _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         hung = os.WTERMSIG(status) == signal.SIGALRM
         return Outcome("hung" if hung else "crashed", signal.Signals(os.WTERMSIG(status)).name)
     if not answer:
         return Outcome("crashed", f"exit status {os.WEXITSTATUS(status)}")
-    grown = (usage.ru_maxrss - ours) / 2**20
-    return Outcome("too much memory", f"{grown:.1f} GiB") if grown > GIGABYTES / 2 else pickle.loads(answer)
+    outcome, grown = pickle.loads(answer)
+    return Outcome("too much memory", f"{grown / 2**30:.1f} GiB") if grown > GIGABYTES * 2**29 else outcome
+
+
+def _memory() -> tuple[int, int]:
+    """This process's address space and what of it is in memory, in bytes."""
+    pages = Path("/proc/self/statm").read_text().split()
+    return int(pages[0]) * resource.getpagesize(), int(pages[1]) * resource.getpagesize()
 
 
 def _limit_and_answer(load: Callable[[], Outcome], writer: int) -> None:
     try:
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTES * 2**30,) * 2)
+        used, resident = _memory()
+        resource.setrlimit(resource.RLIMIT_AS, (used + int(GIGABYTES * 2**30),) * 2)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(SECONDS)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             outcome = load()
-        os.write(writer, pickle.dumps(outcome))
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
+        os.write(writer, pickle.dumps((outcome, grown)))
     finally:
         os._exit(0)
 

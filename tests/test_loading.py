@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny import different, scramble, tiny_batch, tiny_images, tiny_model, tiny_resnet, tiny_vit
 from transformers import (
@@ -461,6 +462,21 @@ def test_a_class_that_leaves_computed_tensors_out_of_its_files_is_reloaded(tmp_p
         model = pack_(model) if name == "packed" else model
         model.save_pretrained(tmp_path / name)
         assert same(MarianMTModel.from_pretrained(tmp_path / name), model)
+
+
+def test_adapters_are_saved_beside_the_weights_and_loaded_from_there(saved_state, tmp_path):
+    model = saved_state(tiny_model())
+    model.save_pretrained(tmp_path)
+    adapted = BinaryBertForSequenceClassification.from_pretrained(tmp_path)
+    adapted.add_adapter(LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = BinaryBertForSequenceClassification.from_pretrained(tmp_path)
+    again.load_adapter(str(tmp_path / "adapter"))
+    inputs = {key: value for key, value in tiny_batch().items() if key != "labels"}
+    with torch.no_grad():
+        expected = adapted.eval()(**inputs).logits
+        assert torch.equal(again.eval()(**inputs).logits, expected)
+        assert not torch.equal(model.eval()(**inputs).logits, expected)
 
 
 # Offloading

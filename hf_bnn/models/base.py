@@ -234,7 +234,8 @@ class BinaryModelMixin(CheckedLoading):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         refuse_offloading(model, load_config.device_map)
-        model.check_files(checkpoint_files, deepcopy(load_config.weight_mapping or []))
+        if "expected_keys" not in kwargs:  # which only adapters have, in files of their own
+            model.check_files(checkpoint_files, deepcopy(load_config.weight_mapping or []))
         found = (state_dict, checkpoint_files)
         try:
             found = model.float_weights(*found) if model.loaded_format == "float" else found

@@ -46,10 +46,13 @@ def digests_of_other_variants(folder: Path, staging: Path, variant: str | None) 
     if source is None or structure_digest(source) != structure_digest(read_config(staging)):
         return {}
     listed = record_of(source).get("weights_sha256")
-    replaced = weight_files(variant)
     listed = listed if isinstance(listed, dict) else {}
+    same, fresh = weight_files(variant), {path.name for path in staging.iterdir()}
+    replaced = any(same.fullmatch(name) for name in fresh)  # not by adapters, which are saved beside the weights
     return {
-        name: digest for name, digest in listed.items() if (folder / name).is_file() and not replaced.fullmatch(name)
+        name: digest
+        for name, digest in listed.items()
+        if (folder / name).is_file() and not (replaced and same.fullmatch(name))
     }
 
 
