@@ -244,7 +244,20 @@ def pack_(model: nn.Module, commit: bool = False) -> nn.Module:
         reason = "it is packed already" if is_packed(model) else "it has no binary weights and no rounded embeddings"
         raise ValueError(f"nothing to pack in {type(model).__name__}: {reason}")
     drop_method(model)
+    record_format(model)
     return leave_fast_path_(model).eval()
+
+
+def record_format(model: nn.Module) -> None:
+    """Write into the configs of the models in `model`, in place, whether their weights are packed.
+
+    Nested ones as well: the config of a detector holds that of its backbone, by which it is built again.
+    """
+    for module in model.modules():
+        record = getattr(module, "record", None)
+        if hasattr(record, "weight_format"):
+            latent = "float" if record.binarize == "none" else "latent"
+            record.weight_format = "packed" if is_packed(module) else latent
 
 
 def has_fresh_levels(model: nn.Module) -> bool:
@@ -277,6 +290,7 @@ def unpack_(model: nn.Module) -> nn.Module:
     restore_(model)
     if not replace_modules(model, latent):
         raise ValueError(f"nothing to unpack: {type(model).__name__} has no packed layer")
+    record_format(model)
     return install_method(model)
 
 

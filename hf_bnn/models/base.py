@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME, logging
 
 from ..activations import RPReLU
-from ..convert import empty_packed_, install_method, replace_modules, to_binary_
+from ..convert import empty_packed_, install_method, record_format, replace_modules, to_binary_
 from ..embeddings import BinaryEmbedding, Int8Embedding
 from ..finite import check_finite, tensors_to_check
 from ..functional import WEIGHT_SCALINGS
 from ..fused import optimize_
 from ..integrity import CorruptCheckpointError, file_digest
-from ..layers import BINARIZE
+from ..layers import BINARIZE, BinaryLayer, BinaryLinear
 from ..levels import ElasticLevels, LearnedLevels, SignedLevels
 from ..packed import PACKED, is_packed
 from ..scalar_levels import levels_as_saved
@@ -192,13 +192,25 @@ class BinaryModelMixin(CheckedLoading):
             replace_modules(self, rounded)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers. Raises ValueError for a packed table."""
-        if isinstance(self.get_input_embeddings(), tuple(PACKED.values())):
-            raise ValueError(
-                "the word table is packed: its rows are integers and cannot be resized. Call hf_bnn.unpack_(model), "
-                "resize, train the new rows, and pack it again"
-            )
-        return super().resize_token_embeddings(*args, **kwargs)
+        """As in transformers; a binary output layer stays binary. Raises ValueError where either is packed."""
+        parts = {"word table": self.get_input_embeddings(), "output layer": self.get_output_embeddings()}
+        for name, part in parts.items():
+            if isinstance(part, tuple(PACKED.values())):
+                raise ValueError(
+                    f"the {name} is packed: its rows are integers and cannot be resized. Call hf_bnn.unpack_(model), "
+                    "resize, train the new rows, and pack it again"
+                )
+        table = super().resize_token_embeddings(*args, **kwargs)
+        if isinstance(parts["output layer"], BinaryLayer):
+            install_method(self)  # parts are of a layer's size
+        return table
+
+    def _get_resized_lm_head(self, old_lm_head: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        new = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
+        if not isinstance(old_lm_head, BinaryLinear) or isinstance(new, BinaryLinear):
+            return new
+        structure = (old_lm_head.binarize, old_lm_head.input_levels, old_lm_head.weight_scaling)
+        return BinaryLinear.from_float(new.train(old_lm_head.training), *structure)
 
     def train(self, mode: bool = True) -> nn.Module:
         if mode:
@@ -299,8 +311,7 @@ class BinaryModelMixin(CheckedLoading):
         checked = {key: state_dict.get(key) for key in tensors_to_check(self)}
         check_finite(f"save {type(self).__name__}", checked)
         record = self.record
-        latent = "float" if record.binarize == "none" else "latent"
-        record.weight_format = "packed" if is_packed(self) else latent
+        record_format(self)
         if not is_main_process:
             return
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "revision") if key in kwargs}
