@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from .convert import calibrate_, has_fresh_levels, number_by_execution_
+from .execution import check_layers_run
 
 Output = TypeVar("Output")
 
@@ -23,9 +24,10 @@ Output = TypeVar("Output")
 def prepare_(model: nn.Module, run: Callable[[], Output], fit: bool = True) -> Output:
     """Number the binary layers by execution and, if `fit`, fit their fresh levels, in place. The output of `run()`.
 
-    `run` runs the model on one batch, as training will; here it runs in evaluation mode. Whatever else a batch must
-    show before the first step belongs here.
+    `run` runs the model on one batch, as training will. Raises ValueError for binary layers that the model passes by.
+    Whatever else a batch must show before the first step belongs here.
     """
+    check_layers_run(model, run)
     outputs: list[Output] = []
 
     def kept() -> None:
@@ -65,7 +67,7 @@ def _read(dataset: Dataset, collate: Callable[[list], Any], size: int, workers: 
     else:
         batch = next(iter(DataLoader(dataset, size, collate_fn=collate)), None) if len(dataset) else None
     if batch is None:
-        raise ValueError("train_dataset is empty: there is no row to train on")
+        raise ValueError("train_dataset is empty: expected at least one row; look at what its rows were filtered by")
     return (dict(batch) if isinstance(batch, Mapping) else batch), dataset
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checked_trainer import CheckedTrainer
 from .distillation import Distillation, Outputs, head_of
@@ -58,6 +58,10 @@ class TaughtTrainer(CheckedTrainer):
         """A copy of the batch, which also asks for what is compared."""
         hidden = self.args.distillation_hidden_weight > 0
         return {**inputs, "output_hidden_states": True} if hidden else dict(inputs)
+
+    def untaught_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[Tensor, Any]:
+        """The loss of the labels alone, and the outputs, in training too."""
+        return super().compute_loss(model, inputs, True, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None or not model.training:

@@ -263,7 +263,7 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
                 self.begin_lesson()
                 asked = self.asked_of_student(asked)
             count = self._get_num_items_in_batch([batch], self.args.device)  # a loss function of one's own takes it
-            _, outputs = prepare_(model, lambda: self.compute_loss(model, dict(asked), True, count), fit)
+            _, outputs = prepare_(model, lambda: self.untaught_loss(model, dict(asked), count), fit)
             if self.teacher is not None:
                 self.check_lesson(send_to_device(outputs, self.args.device), batch)
 

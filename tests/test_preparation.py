@@ -91,7 +91,7 @@ def test_a_set_smaller_than_a_batch_is_enough(tmp_path, count: int):
 
 def test_an_empty_set_is_named(tmp_path):
     for data in ([], Stream([])):
-        with pytest.raises(ValueError, match="train_dataset is empty: there is no row to train on"):
+        with pytest.raises(ValueError, match="train_dataset is empty: expected at least one row"):
             begun(tmp_path, data=data)
 
 
@@ -126,6 +126,28 @@ def test_random_numbers_and_the_model_are_as_if_nothing_had_been_run(tmp_path):
     assert before[1:] == after[1:]
     assert all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# Models that pass a binary layer by
+
+
+class ReadsInTraining(nn.Module):
+    """A model that reads the weight of `first`, instead of calling it, when it is in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(12, 16), nn.Linear(16, 2)
+
+    def forward(self, x, labels):
+        logits = self.head(x @ self.first.weight.t() if self.training else self.first(x))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_layer_that_would_be_trained_as_a_float_one_is_refused_before_the_first_step(tmp_path):
+    data = [{"x": torch.randn(12), "labels": row % 2} for row in range(8)]
+    message = r"ReadsInTraining reads the weights of the binary layers 'first' without calling them"
+    with pytest.raises(ValueError, match=message):
+        begun(tmp_path, binarize_(ReadsInTraining(), exclude=["head"]), data)
 
 
 # Models that need more than their inputs
