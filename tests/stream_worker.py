@@ -56,8 +56,11 @@ def record_rows(folder: Path, workers: int) -> None:
         rows = (next(batches)["pixel_values"].mean((1, 2, 3)) * 255).round().long()
         seen += trainer.accelerator.gather(rows).tolist()
     counts = trainer.accelerator.gather(torch.tensor([len(decoded)])).tolist()
+    decoded.clear()
     evaluated = trainer.predict(given["e"]).predictions.ravel() * 255
+    in_evaluation = trainer.accelerator.gather(torch.tensor([len(decoded)])).tolist()
     if args.process_index == 0:
         found = {"trained": seen, "evaluated": evaluated.round().astype(int).tolist(), "decoded_in_training": counts}
+        found["decoded_in_evaluation"] = in_evaluation
         (folder / "rows.json").write_text(json.dumps(found))
     trainer.accelerator.end_training()

@@ -211,8 +211,9 @@ def test_ranks_train_on_each_row_and_evaluate_each_row_once(tmp_path: Path, rank
         process.kill()
     assert [process.exitcode for process in processes] == [0] * ranks
     found = json.loads((tmp_path / "rows.json").read_text())
-    assert sorted(found["evaluated"]) == list(range(ROWS))
+    assert found["evaluated"] == list(range(ROWS))
     assert sorted(found["trained"][:ROWS]) == list(range(ROWS))
     if not workers:  # they count for themselves
         batches = -(-ROWS // (ranks * BATCH))
         assert found["decoded_in_training"] == [(batches + 1) * BATCH] * ranks  # one batch is fetched ahead
+        assert found["decoded_in_evaluation"] == [batches * BATCH] * ranks
