@@ -180,6 +180,7 @@ class StreamedPictures(IterableDataset):
         self.split, self.columns, self.classes = split, (image_column, label_column), classes
         self.preprocessing, self.augmentation, self.seed = preprocessing, augmentation, seed
         self.rows_per_turn = rows_per_turn
+        self.count = torch.zeros((), dtype=torch.int64).share_memory_()  # rows of an epoch, known to whoever ends one
 
     @property
     def endless(self) -> bool:
@@ -198,6 +199,7 @@ class StreamedPictures(IterableDataset):
                 if position // self.rows_per_turn % workers == own:
                     yield self.item(epoch, index, *(batch[column][0] for column in self.columns))
                 position += 1
+            self.count.fill_(position - before)
             if position == before:
                 raise UsageError(f"the {self.split} data holds no row: name another split or dataset")
             if not self.endless:

@@ -1,10 +1,9 @@
 """Streams of images: each row once in an epoch, for any number of ranks, workers and shards."""
 
 import json
-import os
+import multiprocessing
 import pickle
-import subprocess
-import sys
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,6 @@ from PIL import Image
 from stream_trainer import rows_per_turn
 from torch.utils.data import DataLoader
 
-TESTS = Path(__file__).parent
 ROWS, BATCH = 23, 2  # a prime: no number of ranks or workers divides it
 SIZE = 2
 PREPROCESSING = Preprocessing(make_processor(SIZE, [0.0] * 3, [1.0] * 3), 3)
@@ -196,14 +194,26 @@ def test_a_stream_without_rows_is_an_error(rows: Dataset, endless: bool):
 
 
 @pytest.mark.multiprocess
-def test_two_ranks_train_on_each_row_and_evaluate_each_row_once(tmp_path: Path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent / "scripts"), str(TESTS.parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [*launch, str(TESTS / "stream_worker.py"), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_train_on_each_row_and_evaluate_each_row_once(tmp_path: Path, ranks: int, workers: int):
+    from stream_worker import as_rank  # which needs this module
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")  # without seconds of imports
+    processes = [fork.Process(target=as_rank, args=(rank, ranks, port, tmp_path, workers)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * ranks
     found = json.loads((tmp_path / "rows.json").read_text())
-    assert sorted(found["evaluated"]) == list(range(ROWS))
+    assert found["evaluated"] == list(range(ROWS))
     assert sorted(found["trained"][:ROWS]) == list(range(ROWS))
-    assert found["decoded_in_training"] == [7 * BATCH, 7 * BATCH]  # of 6 batches, and the next one
+    if not workers:  # they count for themselves
+        batches = -(-ROWS // (ranks * BATCH))
+        assert found["decoded_in_training"] == [(batches + 1) * BATCH] * ranks  # one batch is fetched ahead
+        assert found["decoded_in_evaluation"] == [batches * BATCH] * ranks
