@@ -334,6 +334,17 @@ def test_what_a_collator_does_to_the_rows_is_not_put_back():
     assert list(left) == []
 
 
+def test_a_stream_that_reads_ahead_of_what_it_yields_goes_on_where_it_was():
+    class Pairs(Stream):
+        def __iter__(self) -> Iterator:
+            for one in self.source:
+                other = next(self.source)
+                yield from (other, one)
+
+    _, left = first_batch(Pairs(iter(range(6))), list, 3)
+    assert list(left) == [1, 0, 3, 2, 5, 4]
+
+
 def test_every_rank_prepares_with_the_batch_of_the_first_which_alone_reads(monkeypatch):
     sent = []
 

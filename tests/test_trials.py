@@ -6,7 +6,8 @@ import pytest
 from test_preparation import AtBegin
 from test_trainer import arguments, rows
 from tiny import different, tiny_float_bert, tiny_model
-from transformers import EarlyStoppingCallback
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from hf_bnn import BinaryTrainer, Fsg, Surge
@@ -100,21 +101,26 @@ def test_after_a_search_the_arguments_are_those_of_before(tmp_path, search):
     assert one.method == Surge(eta=0.4)
 
 
+class Patience(TrainerCallback, ExportableState):
+    """Counts evaluations, as early stopping does, and saves the count with a checkpoint."""
+
+    def __init__(self, count: int = 0):
+        self.count, self.at_begin = count, []
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"count": self.count}}
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        self.at_begin.append(self.count)
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.count += 1
+
+
 def test_one_trial_does_not_use_up_the_patience_of_the_next(tmp_path, search):
-    look = AtEnd()
-    args = arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, metric_for_best_model="loss")
-    args.load_best_model_at_end, args.learning_rate = False, 0.0
-    one = BinaryTrainer(
-        args=args,
-        model_init=lambda: tiny_model(),
-        train_dataset=rows(),
-        eval_dataset=rows(8),
-        callbacks=[EarlyStoppingCallback(2), look],
-    )
-    one.compute_objective = None
-    one._report_to_hp_search = lambda *arguments: None
-    search(one, [{"seed": 1}, {"seed": 2}])
-    assert [run[4] for run in look.runs] == [3, 3]
+    patience = Patience(5)
+    search(made(tmp_path, patience), [{"seed": 1}, {"seed": 2}])
+    assert patience.at_begin == [5, 5]
 
 
 def test_each_trial_hooks_its_own_optimizer_once(tmp_path, search):
