@@ -62,7 +62,7 @@ def verify_checkpoint(folder: str | os.PathLike) -> None:
 
 
 def _other_kind(folder: Path) -> str | None:
-    """What a folder is that is no checkpoint, and what to do instead; None: it was meant to be one."""
+    """What `folder` is if it is not a checkpoint, and what to do instead. None: it was meant to be one."""
     if re.fullmatch(r"checkpoint-\d+", folder.name) or (folder / "optimizer.pt").exists():
         return None
     inside = ", ".join(path.name for path in checkpoints(folder)[:3])
@@ -86,7 +86,7 @@ def _other_kind(folder: Path) -> str | None:
 
 
 def clear_checkpoint(folder: str | os.PathLike) -> None:
-    """Empty a checkpoint-N that is to be written again: the manifest goes first, and all that would mix."""
+    """Delete a checkpoint-N that is to be written again, the manifest first: its files would mix with the new ones."""
     drop_manifest(folder)
     if Path(folder).is_dir():
         shutil.rmtree(folder)

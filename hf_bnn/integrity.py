@@ -64,13 +64,13 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Wait until what was written to a file, or which names a folder has, is on the disk."""
+    """Wait until a file's contents, or a folder's list of names, are on the disk."""
     if os.name == "nt" and Path(path).is_dir():  # Windows opens no folders
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some file systems in networks know it not of folders, some of nothing
+    except OSError as error:  # some network file systems cannot sync
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -87,7 +87,7 @@ def write_manifest(folder: str | os.PathLike) -> None:
 
 
 def drop_manifest(folder: str | os.PathLike) -> None:
-    """Say that `folder` is complete no longer: before the first of its files is written again."""
+    """Mark `folder` as incomplete, in place: call it before the first of its files is written again."""
     path = Path(folder) / MANIFEST
     if path.is_file():
         path.unlink()

@@ -23,7 +23,7 @@ def upcast_(model: nn.Module) -> nn.Module:
     learning = any(p.requires_grad for layer in binary_layers(model) for p in layer.parameters())
     if not half or not learning:
         return model
-    if is_packed(model):  # its integers' own scales must keep their type
+    if is_packed(model):  # float() would change the types of its other parts
         raise ValueError(
             f"{type(model).__name__} is in part packed and in part latent, in {_names(half)}, in which latent weights "
             "do not learn: call hf_bnn.unpack_(model) and model.float(), or load it with dtype=torch.float32"

@@ -191,8 +191,8 @@ class ResumableTrainer(Trainer):
         kind = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
         return kind not in ("reduce_lr_on_plateau", "greedy")
 
-    # Trap: with the states of the optimizer and the scheduler come the old learning rate, weight decay and betas,
-    # and those that the resumed run was given go without a word.
+    # Trap: the states of the optimizer and the scheduler bring the old learning rate, weight decay and betas with them.
+    # Without this, those that the resumed run was given would have no effect.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_deepspeed_enabled:
@@ -265,7 +265,7 @@ def _name_in_memory(key: str, own: dict[str, Tensor], renamings: list[WeightRena
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, scheduler: Any, rates: list[float]) -> None:
-    """Let each group's learning rate, in the midst of its schedule, be what it were had it begun at `rates`."""
+    """Set each group's learning rate to what it would be now if the schedule had begun at `rates`."""
     steps = scheduler.last_epoch
     for index, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
         if isinstance(scheduler, LambdaLR):

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from .layers import binary_layers
 
-# Of a model's config: what says nothing of what it computes, or is settled only in the course of a run.
+# Fields of a model's config that do not change what it computes, or that are settled only while it is trained.
 NO_STRUCTURE = ("name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "method")
 NO_STRUCTURE += ("weight_format", "use_cache", "problem_type", "id2label", "label2id", "model_type", "quant_method")
 NO_STRUCTURE += ("finetuning_task", "is_encoder_decoder", "output_hidden_states", "output_attentions", "return_dict")

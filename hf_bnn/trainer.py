@@ -137,7 +137,8 @@ class _MethodCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        warn_of_recipe(self.trainer.bare_model, args.learning_rate, self.trainer.teacher is not None)
+        if state.is_world_process_zero:
+            warn_of_recipe(self.trainer.bare_model, args.learning_rate, self.trainer.teacher is not None)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         lr = self.trainer.optimizer.param_groups[0]["lr"]

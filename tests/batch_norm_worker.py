@@ -1,8 +1,11 @@
-"""One rank of the test of batch normalization with two processes. Imports the core only, as ddp_worker does."""
+"""What two processes do with batch normalization, in trainer_worker.py, and what one does with all of their rows."""
+
+from pathlib import Path
 
 import torch
-from ddp_worker import import_core
 from torch import nn
+
+from hf_bnn.batch_norm import plain_batch_norm_, share_statistics_, sync_batch_norm_
 
 ROWS = (5, 3)  # of each rank
 
@@ -35,13 +38,8 @@ def two_steps(module: nn.Module, rows: slice) -> dict[str, torch.Tensor]:
     return {**found, "weight": module.weight.grad, "bias": module.bias.grad, **buffers}
 
 
-def normalize(rank: int, folder: str) -> None:
+def normalize(rank: int, folder: Path) -> None:
     """Both kinds of momentum over all ranks; then a plain normalization, and its statistics shared."""
-    import_core()
-    from hf_bnn.batch_norm import plain_batch_norm_, share_statistics_, sync_batch_norm_
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     rows = slice(0, ROWS[0]) if rank == 0 else slice(ROWS[0], None)
     found = {}
     for momentum in (0.1, None):
@@ -57,6 +55,4 @@ def normalize(rank: int, folder: str) -> None:
     found["own"] = {name: buffer.clone() for name, buffer in model[0].named_buffers()}
     share_statistics_(model)
     found["shared"] = dict(model[0].named_buffers())
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()  # no rank leaves while another still talks to it
-    torch.distributed.destroy_process_group()
+    torch.save(found, folder / f"batch_norm_{rank}.pt")

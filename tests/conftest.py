@@ -1,6 +1,10 @@
 """What every test shares: no network, quiet transformers, the same seed."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 # Read when transformers and tokenizers are imported: before anything else imports them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread would only wait, busily
@@ -41,3 +45,16 @@ def wants_threads(monkeypatch: pytest.MonkeyPatch):
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """The folder in which two processes of the worker have left their reports, and the reports."""
+    folder = tmp_path_factory.mktemp("ranks")
+    worker = Path(__file__).parent / "trainer_worker.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(worker), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]

@@ -84,7 +84,7 @@ def test_a_stream_without_a_row_does_not_end_as_a_trained_model(tmp_path):
 def test_the_rate_of_a_float_model_and_a_missing_teacher_are_said_once(tmp_path, warnings):
     one = trainer(tmp_path, max_steps=1, learning_rate=5e-5)
     one.train()
-    one.train()
+    argument_checks.warn_of_recipe(one.model, 5e-5, has_teacher=False)
     told = [record.message for record in warnings.records if record.name == "hf_bnn.argument_checks"]
     assert len(told) == 2
     assert "learning_rate=5e-05 suits float models" in told[0]

@@ -2,17 +2,16 @@
 
 import pytest
 import torch
-from batch_norm_worker import ROWS, normalization, normalize, two_steps
+from batch_norm_worker import ROWS, normalization, two_steps
 from torch import nn
 
 from hf_bnn.batch_norm import plain_batch_norm_, share_statistics_, sync_batch_norm_
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(normalize, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+@pytest.fixture
+def ranks(two_ranks):
+    folder, _ = two_ranks
+    return [torch.load(folder / f"batch_norm_{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.multiprocess

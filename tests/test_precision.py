@@ -31,8 +31,7 @@ def from_half_checkpoint(folder, kind: str, dtype: torch.dtype) -> nn.Module:
     return BertForSequenceClassification.from_pretrained(folder, dtype="auto", quantization_config=BinaryConfig())
 
 
-@pytest.mark.parametrize("kind", ["class", "quantizer"])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("kind", "dtype"), [("class", torch.bfloat16), ("quantizer", torch.float16)], ids=str)
 def test_a_half_precision_checkpoint_is_trained_and_saved_in_float32(tmp_path, kind, dtype, caplog):
     model, start = from_half_checkpoint(tmp_path / "half", kind, dtype), Start()
     assert model.bert.encoder.layer[0].output.dense.weight.dtype == dtype

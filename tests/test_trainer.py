@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -88,19 +85,6 @@ def test_accumulation_4_takes_the_step_of_one_batch_four_times_as_large(tmp_path
 def test_the_step_is_four_times_too_large_if_the_head_is_believed(tmp_path):
     whole = weights_after_one_step(tmp_path, 1)
     assert distance(whole, weights_after_one_step(tmp_path, 4, believe_the_head=True)) > 1e-4
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """The folder in which two processes of the worker have left their reports, and the reports."""
-    folder = tmp_path_factory.mktemp("ranks")
-    worker = Path(__file__).parent / "trainer_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(worker), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.multiprocess

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from batch_norm_worker import normalize
 from datasets import Dataset
 from safetensors.torch import save_file
 from test_trainer import arguments, rows
@@ -93,6 +94,7 @@ def main(folder: Path) -> None:
                 {name: p.detach().clone() for name, p in trainer.bare_model.named_parameters()},
                 folder / "ste.safetensors",
             )
+    normalize(trainer.args.process_index, folder)
     report = {"world_size": trainer.args.world_size, "digests": digests, "normalized": normalized(folder)}
     (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(report))
     torch.distributed.barrier()  # no rank leaves while another still talks to it

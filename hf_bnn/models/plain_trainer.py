@@ -20,19 +20,24 @@ def notice_plain_trainer(model: nn.Module) -> None:
 
     A Trainer does not tell the models that it trains: it is looked for among the callers.
     """
-    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    if trainer is None or not any(p.requires_grad for layer in binary_layers(model) for p in layer.parameters()):
+    trainer = _calling_trainer()
+    if trainer is None or getattr(trainer, "trains_binary_models", False):
         return
-    frame = sys._getframe(1)
+    if any(parameter.requires_grad for layer in binary_layers(model) for parameter in layer.parameters()):
+        _warn(type(trainer).__name__, type(model).__name__)
+
+
+def _calling_trainer() -> object | None:
+    """The transformers Trainer from one of whose methods the program has come here."""
+    kind = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)  # not imported: there is none
+    frame = None if kind is None else sys._getframe(2)
     for _ in range(FRAMES):
         if frame is None:
-            return
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, trainer):
-            if not getattr(owner, "trains_binary_models", False):
-                _warn(type(owner).__name__, type(model).__name__)
-            return
+            return None
+        if isinstance(owner := frame.f_locals.get("self"), kind):
+            return owner
         frame = frame.f_back
+    return None
 
 
 @cache
