@@ -14,16 +14,16 @@ from .layers import binary_layers
 
 logger = logging.getLogger(__name__)
 
-AT_LEAST = {  # the smallest value that makes sense
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "warmup_steps": 0,
-    "dataloader_num_workers": 0,
-    "adam_epsilon": 0,
+AT_LEAST = {  # the smallest value that makes sense, and what to do instead of going below it
+    "per_device_train_batch_size": (1, "where memory is short, raise gradient_accumulation_steps"),
+    "per_device_eval_batch_size": (1, "it changes the speed only"),
+    "gradient_accumulation_steps": (1, "1 makes a step of every batch"),
+    "learning_rate": (0, "about 1e-3 for a binary model"),
+    "weight_decay": (0, "0 is none"),
+    "max_grad_norm": (0, "0 does not clip"),
+    "warmup_steps": (0, "0 begins at the full rate"),
+    "dataloader_num_workers": (0, "0 loads in the main process"),
+    "adam_epsilon": (0, "1e-8 is usual"),
 }
 SLOW_RATE = 1e-4
 
@@ -34,10 +34,10 @@ def check_numbers(args: Any) -> None:
         raise ValueError(
             "output_dir is missing: name the folder for the checkpoints and the trained model, --output_dir FOLDER"
         )
-    for name, least in AT_LEAST.items():
+    for name, (least, hint) in AT_LEAST.items():
         value = getattr(args, name, None)
         if isinstance(value, int | float) and not (value >= least and math.isfinite(value)):
-            raise ValueError(f"{name}={value}: expected a number of at least {least}")
+            raise ValueError(f"{name}={value}: expected a number of at least {least}; {hint}")
     if args.max_steps <= 0 and not args.num_train_epochs > 0:
         raise ValueError(
             f"num_train_epochs={args.num_train_epochs} and max_steps={args.max_steps}: expected one of them above 0"
@@ -74,5 +74,5 @@ def _warn_of_rate(learning_rate: float) -> None:
 def _warn_of_missing_teacher() -> None:
     logger.warning(
         "no teacher_model: a binary model trained on labels alone ends several points lower. Give the float model, "
-        "fine-tuned on the same task, as teacher_model"
+        "fine-tuned on the same task, as teacher_model (in the scripts --teacher_model_name_or_path)"
     )

@@ -52,10 +52,35 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
     return None
 
 
+def chosen_checkpoint(asked: str | bool | None, output_dir: str | os.PathLike) -> str | None:
+    """The whole checkpoint that `resume_from_checkpoint=asked` stands for in a run's folder; None: begin anew.
+
+    True or "last": the newest whole one; "auto" as well, unless there is none at all. Raises CorruptCheckpointError or
+    ValueError where there is nothing to go on from.
+    """
+    words = str(asked).lower()
+    if asked is None or words == "false":
+        return None
+    if words not in AUTO:
+        verify_checkpoint(asked)
+        return str(asked)
+    if words == "auto" and not checkpoints(output_dir):
+        return None
+    folder = last_complete_checkpoint(output_dir)
+    if folder is None:
+        raise ValueError(
+            f"resume_from_checkpoint={asked}: no complete checkpoint in {output_dir}; leave it out to train anew"
+        )
+    return folder
+
+
 def verify_checkpoint(folder: str | os.PathLike) -> None:
     """Raise CorruptCheckpointError unless `folder` is a whole checkpoint, ValueError if it is something else."""
     if not Path(folder).is_dir():
-        raise ValueError(f"resume_from_checkpoint={str(folder)!r}: there is no such folder")
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r}: there is no such folder; True takes the newest checkpoint of "
+            "output_dir"
+        )
     if not is_complete(folder) and (found := _other_kind(Path(folder))):
         raise ValueError(f"resume_from_checkpoint={str(folder)!r}: {found}")
     verify_manifest(folder, (TRAINER_STATE,))

@@ -17,8 +17,7 @@ from transformers.trainer_utils import has_length, rotate_checkpoints
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .checkpoints import (
-    AUTO,
-    checkpoints,
+    chosen_checkpoint,
     clear_checkpoint,
     last_complete_checkpoint,
     read_record,
@@ -137,19 +136,9 @@ class ResumableTrainer(Trainer):
 
     def checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
         """The whole checkpoint that `asked` stands for; None: begin anew. Raises CorruptCheckpointError, ValueError."""
-        words = str(asked).lower()
-        if asked is None or words == "false":
-            return None
-        output_dir = self.args.output_dir
-        if words not in AUTO:
-            folder = str(asked)
-            verify_checkpoint(folder)
-        elif words == "auto" and not checkpoints(output_dir):
-            return None
-        else:
-            folder = last_complete_checkpoint(output_dir)
+        folder = chosen_checkpoint(asked, self.args.output_dir)
         if folder is None:
-            raise ValueError(f"no complete checkpoint in {output_dir}: train without resuming")
+            return None
         if not (Path(folder) / "optimizer.pt").exists() and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 f"{folder} was written with save_only_model: without the optimizer's state nothing can be resumed. "

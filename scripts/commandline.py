@@ -17,11 +17,10 @@ from datasets.exceptions import DatasetsError
 from errors import UsageError
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, PreTrainedConfig
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import CONFIG_NAME
 
 from hf_bnn import BinaryTrainingArguments
-from hf_bnn.checked_trainer import NonFiniteTrainingError, last_complete_checkpoint
+from hf_bnn.checked_trainer import NonFiniteTrainingError
+from hf_bnn.checkpoints import chosen_checkpoint
 from hf_bnn.integrity import CorruptCheckpointError
 
 
@@ -35,7 +34,7 @@ def user_errors(name: str | None = None) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (ValueError, OSError, DatasetsError, StrictDataclassError) as error:
+    except (ValueError, OSError, DatasetsError, StrictDataclassError, CorruptCheckpointError) as error:
         cause = f" ({error.__cause__})" if isinstance(error, DatasetsError) and error.__cause__ else ""
         before = f"{name}: " if name and isinstance(error, OSError) else ""
         raise UsageError(before + " ".join(f"{error}{cause}".split())) from error
@@ -108,41 +107,10 @@ def set_up_logging(training: BinaryTrainingArguments, logger: logging.Logger) ->
     logger.debug(f"Training/evaluation parameters {training}")
 
 
-def checkpoint_to_resume(training: BinaryTrainingArguments, logger: logging.Logger) -> str | None:
+def checkpoint_to_resume(training: BinaryTrainingArguments) -> str | None:
     """The folder that Trainer.train goes on from, or None to start anew."""
-    asked = training.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
-        if next(Path(training.output_dir).glob("checkpoint-*"), None):
-            logger.warning(
-                f"{training.output_dir} holds checkpoints of an earlier run, which this one may overwrite: to go on "
-                "where it stopped, use --resume_from_checkpoint True"
-            )
-        return None
-    if asked.lower() in ("true", "last"):
-        asked = last_complete_checkpoint(training.output_dir)
-        if asked is None:
-            raise UsageError(
-                f"resume_from_checkpoint=True: no complete checkpoint in {training.output_dir}; leave it out to start"
-            )
-    if not Path(asked).is_dir():
-        raise UsageError(f"resume_from_checkpoint={asked!r}: no such folder; True takes the last of output_dir")
-    check_can_resume(asked)
-    return asked
-
-
-def check_can_resume(folder: str) -> None:
-    """Raise UsageError for a folder from which no training goes on."""
-    config = Path(folder) / CONFIG_NAME
-    stored = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if stored.get("weight_format") == "packed":
-        what = "is a packed model, which has no latent weights to go on from"
-    elif not (Path(folder) / TRAINER_STATE_NAME).is_file():
-        what = f"is no checkpoint (it has no {TRAINER_STATE_NAME})"
-    else:
-        return
-    near = sorted(path.name for path in Path(folder).glob("checkpoint-*"))
-    others = f"in it are {shown(near)}" if near else "a checkpoint is a folder checkpoint-N in the output_dir of a run"
-    raise UsageError(f"resume_from_checkpoint={folder!r} {what}: {others}; True takes the last of output_dir")
+    with user_errors():
+        return chosen_checkpoint(training.resume_from_checkpoint, training.output_dir)
 
 
 def check_packed_structure(name: str, structure: dict[str, Any], stored: PreTrainedConfig) -> None:

@@ -15,7 +15,6 @@ from training_checks import (
     check_kind_of_training,
     check_limits,
     check_output_dir,
-    check_training,
 )
 
 from hf_bnn import BinaryTrainingArguments
@@ -166,7 +165,6 @@ def parse(command_line: list[str] | None = None, description: str | None = None)
     """The arguments, checked as far as they can be without loading anything."""
     kinds = (ModelArguments, DataTrainingArguments, BinaryTrainingArguments, OutputArguments)
     arguments = Arguments(*Parser(kinds, description=description).parse(command_line))
-    check_training(arguments.training)
     check_data_arguments(arguments.data, arguments.training)
     check_model_arguments(arguments.model, arguments.training)
     check_output_dir(arguments.training, arguments.output)

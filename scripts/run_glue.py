@@ -26,7 +26,6 @@ from predictions import predict_in_order, write_predictions
 from text_arguments import Arguments, parse
 from text_data import Examples, load_data, prepare
 from text_models import load_config, load_model, load_teacher
-from training_checks import warn_of_habits
 from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -80,8 +79,6 @@ def make_trainer(
     kind = CheckedTrainer
     if arguments.model.binarize != "none" and (training.do_train or not packed):
         kind, kwargs = BinaryTrainer, {**kwargs, "teacher_model": teacher}
-        if training.do_train:
-            warn_of_habits(training, arguments.model.teacher_model_name_or_path, logger)
     if data.pad_to_max_length:
         collator = default_data_collator
     else:
@@ -172,7 +169,7 @@ def main(command_line: list[str] | None = None) -> dict[str, float]:
     if training.device.type == "cpu":
         keep_freed_memory()
     set_seed(training.seed)
-    resume = checkpoint_to_resume(training, logger) if training.do_train else None
+    resume = checkpoint_to_resume(training) if training.do_train else None
     with user_errors():
         config = load_config(arguments)
         splits, labels = load_data(arguments, config)

@@ -34,7 +34,6 @@ from image_transforms import Preprocessing
 from labels import Labels
 from predictions import predict_in_order, write_predictions
 from stream_trainer import SharedStreams
-from training_checks import warn_of_habits
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from hf_bnn import BinaryTrainer, BinaryTrainingArguments
@@ -82,8 +81,6 @@ def make_trainer(arguments: Arguments, found: Run, model: PreTrainedModel) -> tu
     training.remove_unused_columns = False  # items become the model's arguments in the collator
     binary = bool(binary_layers(model)) or (is_packed(model) and training.do_train)
     kind, more = (BinaryTrainer if binary else CheckedTrainer), {}
-    if binary and training.do_train:
-        warn_of_habits(training, arguments.model.teacher_model_name_or_path, logger)
     if arguments.data.streaming:
         kind = type(kind.__name__, (SharedStreams, kind), {})
     if arguments.model.teacher_model_name_or_path is not None and training.do_train:
@@ -213,11 +210,11 @@ def run_two_steps(arguments: Arguments, found: Run) -> dict[str, float]:
     )
     done = (output / FIRST_STEP / "train_results.json").is_file()
     if not (resuming and (done or begun)):
-        run_step(first, found, checkpoint_to_resume(first.training, logger))
+        run_step(first, found, checkpoint_to_resume(first.training))
         begun = False
     second = second_step(arguments)
     second_run = found._replace(stored=stored_config(second.model))
-    return run_step(second, second_run, checkpoint_to_resume(second.training, logger) if resuming and begun else None)
+    return run_step(second, second_run, checkpoint_to_resume(second.training) if resuming and begun else None)
 
 
 def main(command_line: list[str] | None = None) -> dict[str, float]:
@@ -232,7 +229,7 @@ def main(command_line: list[str] | None = None) -> dict[str, float]:
         keep_freed_memory()
     set_seed(training.seed)
     alone = training.do_train and not arguments.model.two_step
-    resume = checkpoint_to_resume(training, logger) if alone else None
+    resume = checkpoint_to_resume(training) if alone else None
     with user_errors():
         stored = stored_config(arguments.model)
         splits = load_splits(arguments)

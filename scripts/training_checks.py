@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from errors import UsageError
 
 from hf_bnn import BinaryTrainingArguments
 
-RATE, FLOAT_RATE = 1e-3, 1e-4  # what a binary model is trained with, and up to where a rate is one for float models
 RESULTS = ("all_results.json", "train_results.json", "eval_results.json")
 OF_A_RUN = ("trainer_state.json", "model.safetensors", "model.safetensors.index.json", *RESULTS)
 
@@ -25,25 +22,6 @@ class OutputArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train into an output_dir that holds the results of an earlier run."}
     )
-
-
-def check_training(training: BinaryTrainingArguments) -> None:
-    """Raise UsageError for numbers with which there is no training or evaluation."""
-    for name, hint in {
-        "per_device_train_batch_size": "where memory is short, raise --gradient_accumulation_steps",
-        "per_device_eval_batch_size": "it changes only the speed",
-        "gradient_accumulation_steps": "1 makes a step of every batch",
-    }.items():
-        if getattr(training, name) < 1:
-            raise UsageError(f"{name}={getattr(training, name)}: expected 1 or more; {hint}")
-    for name, hint in {
-        "learning_rate": f"about {RATE:g} for a binary model",
-        "weight_decay": "0 is none",
-        "num_train_epochs": "or give --max_steps",
-    }.items():
-        value = getattr(training, name)
-        if not 0 <= value < math.inf:
-            raise UsageError(f"{name}={value:g}: expected a number that is not negative; {hint}")
 
 
 def check_kind_of_training(model: Any, training: BinaryTrainingArguments, *structure: str) -> None:
@@ -83,19 +61,3 @@ def check_output_dir(training: BinaryTrainingArguments, output: OutputArguments)
     if training.should_save:
         for name in RESULTS:  # Trainer adds its figures to those that are there
             (folder / name).unlink(missing_ok=True)
-
-
-def warn_of_habits(training: BinaryTrainingArguments, teacher: str | None, logger: logging.Logger) -> None:
-    """What is right for a float model, and costs a binary one much of its accuracy."""
-    if not training.should_log:
-        return
-    if 0 < training.learning_rate <= FLOAT_RATE:
-        logger.warning(
-            f"learning_rate={training.learning_rate:g} is one for float models: the signs of binary weights would "
-            f"hardly change; take about {RATE:g}"
-        )
-    if teacher is None:
-        logger.warning(
-            "no teacher: a binary model learns much more from a float model of the same labels; train one with "
-            "--binarize none and name it in --teacher_model_name_or_path"
-        )

@@ -38,7 +38,7 @@ def warnings(caplog):
     ],
 )
 def test_a_number_that_no_run_can_have_is_refused(tmp_path, field, value, least):
-    with pytest.raises(ValueError, match=rf"^{field}={value}: expected a number of at least {least}$"):
+    with pytest.raises(ValueError, match=rf"^{field}={value}: expected a number of at least {least}; "):
         arguments(tmp_path, **{field: value})
 
 

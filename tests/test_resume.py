@@ -117,7 +117,7 @@ def test_with_nothing_whole_there_is_nothing_to_resume_but_auto_begins_where_not
     for number in (2, 4):
         halved(run / f"checkpoint-{number}")
     for word in (True, "auto", "last"):
-        with pytest.raises(ValueError, match=r"no complete checkpoint in .*: train without resuming"):
+        with pytest.raises(ValueError, match=r"no complete checkpoint in .*; leave it out to train anew"):
             trainer(run, **SETTINGS).checkpoint_to_resume(word)
 
 
