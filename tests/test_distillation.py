@@ -189,6 +189,9 @@ def test_a_language_model_learns_what_follows_each_token():
     assert loss_of(student, teacher, padded(batch, 9))[0] == pytest.approx(loss, rel=1e-4)
     unlabelled = {name: value for name, value in batch.items() if name != "labels"}
     assert loss_of(student, teacher, unlabelled)[0] == pytest.approx(loss, rel=1e-5)
+    loss, own, theirs = loss_of(student, teacher, {"input_ids": batch["input_ids"]})
+    keep = (torch.arange(6) < 5).expand(4, 6)
+    assert loss == pytest.approx(rows_of(own.predictions["logits"], theirs.predictions["logits"], keep), rel=1e-3)
 
 
 def test_an_encoder_decoder_learns_its_targets_and_both_stacks():
