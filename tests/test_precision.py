@@ -1,4 +1,4 @@
-"""Latent weights learn in float32 or float64; bits and latents are told apart; a cast leaves packed scales alone."""
+"""Latent weights learn in float32 or float64, and a cast leaves the scales of a packed model alone."""
 
 import copy
 import logging
@@ -11,7 +11,6 @@ from torch import nn
 from transformers import BertForSequenceClassification, TrainerCallback
 
 from hf_bnn import BinaryBertForSequenceClassification, BinaryConfig, binarize_, pack_
-from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
 from hf_bnn.layers import HALF, BinaryLinear
 from hf_bnn.precision import upcast_
 
@@ -145,46 +144,6 @@ def test_a_cast_and_back_leaves_a_packed_model_as_it_was(dtype):
     now = dict(model.named_buffers())
     assert scales
     assert all(now[name].dtype == scale.dtype and torch.equal(now[name], scale) for name, scale in scales.items())
-
-
-# Bits and latents in one place
-
-SAME_SHAPES = {
-    "a depthwise kernel": lambda: binarize_(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8))),
-    "one input": lambda: binarize_(nn.Sequential(nn.Linear(1, 8))),
-    "an int8 table": lambda: nn.Sequential(Int8Embedding(6, 4)),
-    "a binary table of one column": lambda: nn.Sequential(BinaryEmbedding(6, 1)),
-}
-
-
-@pytest.mark.parametrize("name", SAME_SHAPES)
-@pytest.mark.parametrize("assign", [False, True])
-def test_bits_are_no_weights_and_weights_no_bits_where_the_shapes_agree(name, assign, caplog):
-    latent = SAME_SHAPES[name]()
-    packed = pack_(copy.deepcopy(latent))
-    assert packed[0].weight.shape == latent[0].weight.shape
-    for model, other in ((packed, latent), (latent, packed)):
-        before = {key: value.clone() for key, value in model.state_dict().items()}
-        found = model.load_state_dict(other.state_dict(), strict=False, assign=assign)
-        assert "0.weight" in found.unexpected_keys
-        assert "0.weight" in found.missing_keys
-        assert torch.equal(model[0].weight, before["0.weight"])
-        assert model[0].weight.dtype == before["0.weight"].dtype
-        assert "0.weight, torch." in caplog.text
-        with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: .*"0\.weight"'):
-            model.load_state_dict(other.state_dict(), assign=assign)
-
-
-def test_where_the_shapes_differ_the_error_says_what_to_do():
-    latent = binarize_(nn.Sequential(nn.Linear(16, 8)))
-    packed = pack_(copy.deepcopy(latent))
-    for strict in (True, False):
-        with pytest.raises(RuntimeError, match=r"0\.weight is torch\.float32, but this PackedLinear .* hf_bnn\.pack_"):
-            packed.load_state_dict(latent.state_dict(), strict=strict)
-        with pytest.raises(RuntimeError, match=r"0\.weight is torch\.uint8, but this BinaryLinear .* hf_bnn\.unpack_"):
-            latent.load_state_dict(packed.state_dict(), strict=strict)
-    latent.load_state_dict(latent.state_dict())
-    packed.load_state_dict(packed.state_dict())
 
 
 def test_half_precision_latents_beside_packed_layers_are_refused():
