@@ -7,6 +7,7 @@ files themselves, and loads what came of it in a process of its own, whose memor
 cases keep the digests that config.json holds, half compute them anew, as someone would who means to deceive.
 A fault is: another model with the digests kept; a crash, a hang or too much memory in any case; an error other than
 CorruptCheckpointError from one of hf_bnn's own classes. The exit status is 1 if there is any.
+Where a config no longer names the plug-in, transformers does not ask it ("bypassed"), and says so in a warning.
 """
 
 import argparse
@@ -98,7 +99,7 @@ class Base(NamedTuple):
 class Outcome(NamedTuple):
     """What came of a case."""
 
-    kind: str  # refused | refused upstream | same | different, or one of the faults
+    kind: str  # refused | refused upstream | bypassed | same, or one of the faults
     detail: str = ""
 
 
@@ -376,7 +377,15 @@ def load(base: Base, folder: Path, auto: bool, expected: str | None, readable: b
         if "memory" in str(error):
             kind = "too much memory"
         return Outcome(kind, f"{type(error).__name__}: {str(error)[:300]} {where[-600:]}")
-    return Outcome("same" if found == expected else "different", found)
+    kind = "same" if found == expected else "different" if base.ours or names_plug_in(folder) else "bypassed"
+    return Outcome(kind, found)
+
+
+def names_plug_in(folder: Path) -> bool:
+    """Whether the config of a stock class still says that hf_bnn is to read the weights."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    record = config.get("quantization_config")
+    return isinstance(record, dict) and record.get("quant_method") == "hf_bnn"
 
 
 def is_ours(base: Base, folder: Path) -> bool:
@@ -434,7 +443,7 @@ def fuzz(cases: int, seed: int, progress: bool = False) -> list[dict[str, Any]]:
 def table(results: list[dict[str, Any]]) -> str:
     """Counts of the outcomes, for digests kept and recomputed."""
     counts = collections.Counter((case["digests"], case["outcome"]) for case in results)
-    kinds = ("refused", "refused upstream", "same", *FAULTS)
+    kinds = ("refused", "refused upstream", "bypassed", "same", *FAULTS)
     rows = [f"| {kind} | {counts['kept', kind]} | {counts['recomputed', kind]} |" for kind in kinds]
     return "\n".join(("| outcome | digests kept | digests recomputed |", "|---|---|---|", *rows))
 

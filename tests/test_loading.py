@@ -346,6 +346,13 @@ def test_a_broken_config_is_one_error_even_with_new_digests(tmp_path, case, auto
     assert "\n" not in str(error.value)
 
 
+def test_a_missing_config_is_one_error(tmp_path):
+    pack_(tiny_model()).save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CorruptCheckpointError, match=r"has no config\.json: fetch or save it again"):
+        BinaryBertForSequenceClassification.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1', "\xff"])
 def test_a_config_that_is_not_json_is_one_error(tmp_path, text):
     pack_(tiny_model()).save_pretrained(tmp_path)

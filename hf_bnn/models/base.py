@@ -93,6 +93,8 @@ class BinaryConfigFields:
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config == {}:  # transformers would go on with the default sizes
+            raise CorruptCheckpointError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}: {AGAIN}")
         found = config.get("model_type", cls.float_model_type)
         floats = (cls.float_model_type, *cls.also_reads)
         if found not in (*floats, cls.model_type):
