@@ -45,6 +45,12 @@ ORDERS = {
     **{f"{order} + ste": Arm(Stompp(order=order)) for order in ("forward", "reverse", "global")},
     "forward + ste, scaled": Arm(Stompp(), "channel"),
 }
+DIFFERENCES = (
+    ("forward", "reverse"),
+    ("forward + ste", "reverse + ste"),
+    ("forward + ste", "ste"),
+    ("forward + ste, scaled", "ste, scaled"),
+)
 WEIGHTS_ONLY = {name: ORDERS[name] for name in ("ste", "forward", "reverse", "global")}
 
 
@@ -164,11 +170,12 @@ def order_table(rows: list[dict]) -> str:
     """Markdown: a row per arm, a column per network, mean and standard deviation over the seeds; then differences."""
     nets = [name for name in NETS if any(row["net"] == name for row in rows)]
     lines = ["| | " + " | ".join(nets) + " |", "|---" * (len(nets) + 1) + "|"]
+    seeds = len({row["seed"] for row in rows})
     for arm in ORDERS:
         cells = [list(accuracies(rows, net, arm).values()) for net in nets]
         if any(cells):
-            lines.append(f"| {arm} | " + " | ".join(_spread(cell) for cell in cells) + " |")
-    for one, other in (("forward", "reverse"), ("forward + ste", "reverse + ste"), ("forward + ste", "ste")):
+            lines.append(f"| {arm} | " + " | ".join(_spread(cell, seeds) for cell in cells) + " |")
+    for one, other in DIFFERENCES:
         cells = [paired(rows, net, one, other) for net in nets]
         if any(cells):
             texts = [_interval_text(cell) if cell else "" for cell in cells]
@@ -176,10 +183,11 @@ def order_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], seeds: int) -> str:
     if not values:
         return ""
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    fewer = f" ({len(values)} of {seeds} seeds)" if len(values) < seeds else ""
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}{fewer}"
 
 
 def _interval_text(differences: list[float]) -> str:

@@ -75,6 +75,23 @@ def test_the_interval_is_students():
     assert bench.interval([1.0]) == (1.0, float("-inf"), float("inf"))
 
 
+def test_a_mean_over_fewer_seeds_than_the_others_says_so():
+    rows = [{"net": "plain, 6 layers", "arm": "ste", "seed": seed, "accuracy": 80.0 + seed} for seed in range(3)]
+    rows += [{**row, "arm": "ste, scaled"} for row in rows[:2]]
+    table = bench.order_table(rows).splitlines()
+    assert "| ste | 81.0 ± 1.0 |" in table
+    assert "| ste, scaled | 80.5 ± 0.7 (2 of 3 seeds) |" in table
+
+
+def test_only_the_chosen_arms_are_run(tmp_path: Path):
+    output = tmp_path / "order.json"
+    command = ["stompp-order", "--steps", "2", "--batch", "32", "--seeds", "0", "--output", str(output)]
+    bench.main([*command, "--nets", "plain, 6 layers", "--arms", "ste", "forward + ste, scaled"])
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    assert [row["arm"] for row in rows] == ["ste", "forward + ste, scaled"]
+    assert all(row["cpu"] for row in rows)
+
+
 def test_non_inferiority_needs_the_whole_interval_above_the_margin():
     rows = [{"fsg": 80.0 + d, "ste": 80.0} for d in (-0.2, 0.0, 0.2, 0.1)]
     assert "non-inferior at a margin of 1.0" in bench.fsg_summary(rows, 1.0)

@@ -36,19 +36,11 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        x: Tensor,
-        limit: Tensor | None,
-        mask: Tensor | None,
-        hard: bool,
-        ste: bool,
-        bound: Tensor | float | None,
+        ctx, x: Tensor, limit: Tensor | None, mask: Tensor | None, hard: bool, ste: bool, bound: float | None
     ) -> Tensor:
-        ctx.dead, ctx.bound, tensor = hard and not ste, bound, None
-        if isinstance(bound, Tensor):
-            ctx.bound, tensor = None, bound
-        bounded = bound is not None and not ctx.dead
-        ctx.save_for_backward(x if bounded else None, tensor, None if ste else mask)
+        ctx.dead, ctx.bound = hard and not ste, bound
+        gated = bound is not None and not ctx.dead
+        ctx.save_for_backward(x if gated else None, limit if gated else None, None if ste else mask)
         if hard:
             return sign(x)
         y = x.clamp(-1, 1) if limit is None else (x / limit).clamp_(-1, 1)
@@ -57,11 +49,11 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, bound, frozen = ctx.saved_tensors
+        x, limit, frozen = ctx.saved_tensors
         nothing = (None,) * 5
         if ctx.dead:
             return torch.zeros_like(grad), *nothing
-        passed = grad if x is None else clipped_gradient(grad, x, ctx.bound if bound is None else bound)
+        passed = grad if x is None else clipped_gradient(grad, x, ctx.bound if limit is None else ctx.bound * limit)
         return passed if frozen is None else passed * (1 - frozen.to(grad.dtype)), *nothing
 
 
@@ -70,13 +62,13 @@ def mix(
     mask: Tensor | bool,
     limit: Tensor | None = None,
     ste: bool = True,
-    bound: Tensor | float | None = 1.0,
+    bound: float | None = 1.0,
 ) -> Tensor:
     """u' = M sign(u) + (1 - M) clip(u, -1, 1) with u = x / limit (arXiv 2606.27759, eq. 1); the shape of `x`.
 
     `mask` M, of zeros and ones, broadcasts to it, or is True or False everywhere. `limit`, a constant > 0, is where the
     clip saturates: times it, the values are +-limit and clip(x, -limit, limit). The gradient passes, as it is, where
-    |x| <= `bound` (None: everywhere); without `ste` it is exactly 0 at the frozen entries (M = 1). It is not divided by
+    |u| <= `bound` (None: everywhere); without `ste` it is exactly 0 at the frozen entries (M = 1). It is not divided by
     `limit`, as the clip's own would be: so it has the size that it has for the straight-through estimator.
     """
     if isinstance(mask, bool):
@@ -142,22 +134,20 @@ class MaskedSign(Part):
         if self.scaling is not None and self.scaling != "none":
             limit = weight_scale(x, self.scaling).clamp_min(SMALLEST_LIMIT).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
         if self.mask is None:
-            return mix(x, self.fraction >= 1, limit, self.method.ste, self._bound(limit))
+            return mix(x, self.fraction >= 1, limit, self.method.ste, self._bound())
         mask = self.mask.to(x.device)
         if self.periodic:
             mask = mask.repeat(-(-x.shape[-1] // PERIOD))[: x.shape[-1]]
-        return mix(x, mask, limit, self.method.ste, self._bound(limit))
+        return mix(x, mask, limit, self.method.ste, self._bound())
 
     def clip_bound(self) -> float:
         return self.method.clip
 
-    def _bound(self, limit: Tensor | None) -> Tensor | float | None:
-        """Up to which size an entry passes its gradient; None: all do."""
+    def _bound(self) -> float | None:
+        """Up to which size, in units of where it saturates, an entry passes its gradient; None: all do."""
         if self.scaling is None:
             return self.method.clip
-        if not self.method.gates_weights:
-            return None
-        return 1.0 if limit is None else limit
+        return 1.0 if self.method.gates_weights else None
 
     def begin_step(self, layer: nn.Module, step: Step) -> None:
         weight = getattr(layer, "weight", None)
