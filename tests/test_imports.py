@@ -23,7 +23,7 @@ FLOORS = [
     {"layers"},
     {"packed", "attention"},
     {"fused"},
-    {"convert", "summary"},
+    {"adapters", "convert", "summary"},
     {"training", "diagnostics", "distillation", "glue", "model_card"},
     {"models", "selection", "checked_trainer"},
     {"quantizer", "trainer"},

@@ -61,6 +61,12 @@ class _KernelLayer(Fused):
         bits = self._buffers.get("weight")
         return self.pack(self.kernel_signs()) if bits is None else bits
 
+    @weight.setter
+    def weight(self, bits: Tensor) -> None:
+        self._buffers["weight"] = bits
+        with torch.no_grad():
+            self.derive()
+
     def restore(self) -> None:
         bits = self.weight
         super().restore()
