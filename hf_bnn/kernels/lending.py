@@ -27,7 +27,8 @@ class Lent(dict):
         if not slot.examined:
             slot.examined = True
             slot.lent = any(count > ALONE for key, count in holders(slot).items() if not key.startswith(OWN))
-            slot.lent |= not all([_moved(tensor) for key, tensor in dict.items(slot) if not key.startswith(OWN)])
+            for key, tensor in dict.items(slot):
+                slot.lent |= not (key.startswith(OWN) or _moved(tensor))
         return slot
 
     def __reduce__(self) -> tuple[type, tuple]:
