@@ -2,6 +2,7 @@
 
 import importlib
 
+from . import adapters  # noqa: F401 (watches over PEFT's adapters around binary layers)
 from .convert import binarize_, calibrate_, install_method, pack_, unpack_
 from .diagnostics import InputReport, check_inputs
 from .execution import bypassed_layers, check_layers_run

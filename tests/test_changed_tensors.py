@@ -199,3 +199,64 @@ def test_a_backend_of_its_own_has_its_own_layout():
     for backend in kernels.available():
         with kernels.using(backend):
             assert torch.equal(model(x), expected)
+
+
+# Tensors that nobody has
+
+
+@torch.no_grad()
+def test_nothing_is_read_while_nobody_can_have_written(monkeypatch: pytest.MonkeyPatch):
+    model, network = (optimize_(pack_(MODELS[name]())) for name in ("bert-binary", "resnet-rsign"))
+    stage, x = network.resnet.encoder.stages[0], torch.randn(2, 8, 8, 8)  # the stem of so small a network runs in torch
+    models = [model, copy.deepcopy(model), copy.deepcopy(model).to(torch.float64).to(torch.float32)]
+    for each in models:
+        run(each), stage(x)
+    monkeypatch.setattr(Sources, "same_tensors", lambda self: pytest.fail("tensors were read"))
+    for each in models:
+        run(each), stage(x)
+
+
+@pytest.mark.parametrize("held", ["parameter", "list", "optimizer", "module"])
+@torch.no_grad()
+def test_whoever_had_a_parameter_before_can_still_write_to_it(held: str):
+    model, x = layer_of("linear", "unsigned", False)
+    holder = {
+        "parameter": lambda: model[0].bias,
+        "list": lambda: [*model.parameters()],
+        "optimizer": lambda: torch.optim.SGD(model.parameters(), 0.1),
+        "module": lambda: nn.ParameterList(model.parameters()),
+    }[held]()
+    before = optimize_(model)(x)
+    bias = holder.param_groups[0]["params"][0] if held == "optimizer" else holder if held == "parameter" else holder[0]
+    bias.data.add_(1)
+    assert not torch.equal(model(x), before)
+    assert torch.equal(model(x), read_again(model)(x))
+
+
+@torch.no_grad()
+def test_numbers_that_were_handed_out_before_are_no_longer_the_models():
+    model, x = layer_of("linear", "unsigned", False)
+    numbers = model[0].bias.detach().numpy()
+    expected = optimize_(model)(x)
+    numbers += 1
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), read_again(model)(x))
+
+
+@pytest.mark.parametrize("take", ["attribute", "parameters", "state_dict", "dict", "buffers"])
+@torch.no_grad()
+def test_every_way_to_get_at_a_tensor_counts(take: str):
+    model, x = layer_of("linear", "elastic", True)
+    before = model(x)
+    tensor = {
+        "attribute": lambda: model[0].input_levels.width,
+        "parameters": lambda: next(p for n, p in model.named_parameters() if n.endswith("width")),
+        "state_dict": lambda: model.state_dict()["0.input_levels.width"],
+        "dict": lambda: model[0].input_levels._parameters["width"],
+        "buffers": lambda: next(b for n, b in model.named_buffers() if n.endswith("weight_scale")),
+    }[take]()
+    assert torch.equal(model(x), before)
+    tensor.data.mul_(2)
+    found = model(x)
+    assert not torch.equal(found, before)
+    assert torch.equal(found, read_again(model)(x))

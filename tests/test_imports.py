@@ -23,7 +23,7 @@ FLOORS = [
     {"layers", "scalar_levels"},
     {"packed", "attention", "direct_reads", "finite"},
     {"fused", "fast_path", "execution", "selection"},
-    {"convert", "summary"},
+    {"adapters", "convert", "summary"},
     {"training", "diagnostics", "distillation", "glue", "model_card", "checkpoints"},
     {"models", "run_record", "precision", "batch_norm", "argument_checks", "jit_checkpoint", "uploads"}
     | {"preparation", "teacher", "trials"},

@@ -36,6 +36,10 @@ def optimize_(model: nn.Module) -> nn.Module:
     Each weight is held once, laid out for this machine's kernels (without any, as int8 signs, in a fourth of
     float32's memory); a state dict has the checkpoint's bits again. Move the model to its device first.
 
+    Whatever is written to its parameters is seen, through `.data` and numpy as well: layers whose tensors someone has
+    looked up compare them in each call, which takes a few microseconds. A program that torch.compile or torch.export
+    has made keeps the values that it was made with.
+
     Raises ValueError if nothing in `model` is packed.
 
     >>> from hf_bnn import binarize_, pack_

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..attention import BinaryAttention, BooleanAttention, additive_mask
-from ..kernels.sources import Place, tensors_of
+from ..kernels.sources import Place, lent_tensors_of
 from .base import Fused
 
 
@@ -39,7 +39,7 @@ class _FusedProducts(Fused):
     def places(self) -> list[Place]:
         products = [(self._modules, "scores"), (self._modules, "context")]
         sides = [(part._modules, side) for part in self.children() for side in ("left_levels", "right_levels")]
-        return [*products, *sides, *(place for slot, side in sides for place in tensors_of(slot[side]))]
+        return [*products, *sides, *(place for slot, side in sides for place in lent_tensors_of(slot[side]))]
 
     @torch.no_grad()
     def derive(self) -> None:

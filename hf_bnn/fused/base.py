@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..kernels.lending import Lent
 from ..kernels.sources import Place, Sources
 from ..observers import looked_on
 
@@ -65,16 +66,27 @@ class Fused:
         if looked_on():
             return False
         with torch.inference_mode(False), torch.no_grad():
+            before = [(slot, slot.lent) for slot, _ in self.places() if isinstance(slot, Lent)]
             self.derive()
             self.sources = Sources(self.places(), self.unread())
+            for slot, lent in before:  # what was read here is not kept
+                slot.lent = lent
         return True
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        before = [(slot, slot.lent) for slot, _ in self.places() if isinstance(slot, Lent)]
         super()._apply(*args, **kwargs)
+        for slot, lent in before:
+            slot.lent = lent
         self.sources = None  # now, not in the next call: what was made of the scales may have been rounded
-        if not any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers())):
+        if not self.is_meta():
             self.current()
         return self
+
+    def is_meta(self) -> bool:
+        """Whether there are only shapes."""
+        slots = [slot for module in self.modules() for slot in (module._parameters, module._buffers)]
+        return any(tensor is not None and tensor.is_meta for slot in slots for tensor in dict.values(slot))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "sources": None}  # addresses: a copy, or a pickle, has its own

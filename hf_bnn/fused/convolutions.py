@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..activations import RPReLU
 from ..kernels import Conv2dBlock, Epilogue, backend, max_pool, normalization
 from ..kernels.conv2d_block import GROUPS, Level, rounds_once
+from ..kernels.lending import OWN
 from ..kernels.operands import runs_directly
-from ..kernels.sources import Place, tensors_of
+from ..kernels.sources import Place, lent_tensors_of, tensors_of
 from ..packed import PackedConv2d
 from .base import Fused
 
@@ -88,9 +89,6 @@ class Shortcut(NamedTuple):
         return cls(module.convolution, Epilogue(shortcut_alpha=affine[0], shortcut_beta=affine[1]))
 
 
-DERIVED = "kernel_"  # how the names of tensors begin that fused layers make
-
-
 class Watched(Fused):
     """What is made of the weights is made when first asked for, and again when something in the block has changed.
 
@@ -109,16 +107,16 @@ class Watched(Fused):
         for module in self.modules():
             if module is not self and isinstance(module, Fused):
                 module.current()
-        self._parts = list(self.modules())
         self._prepared, self._backend = self.prepare(), backend()
 
     def places(self) -> list[Place]:
+        self._parts = list(self.modules())
         read = [module for module in self._parts if type(module) is not nn.Conv2d]  # which runs, and is not read
-        tensors = [place for module in read for place in tensors_of(module) if not place[1].startswith(DERIVED)]
+        tensors = [place for module in read for place in lent_tensors_of(module) if not place[1].startswith(OWN)]
         return [*tensors, *((module._modules, name) for module in self._parts for name in module._modules)]
 
     def unread(self) -> list[Place]:
-        return [place for module in self._parts for place in tensors_of(module) if place[1].startswith(DERIVED)]
+        return [place for module in self._parts for place in tensors_of(module) if place[1].startswith(OWN)]
 
     def ready(self) -> Any:
         """What `prepare` makes, anew when something that it is made of has changed; None: nothing is to be fused."""

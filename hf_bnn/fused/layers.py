@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels.operands import runs_directly
-from ..kernels.sources import Place, tensors_of
+from ..kernels.sources import Place, lent_tensors_of
 from ..kernels.weights import PANEL, Conv2dWeight, LinearWeight, conv2d_signs, linear_signs, takes_panels
 from ..layers import one_image
 from ..packed import PackedConv2d, PackedLinear
@@ -29,8 +29,8 @@ class _KernelLayer(Fused):
 
     def places(self) -> list[Place]:
         levels = self.input_levels
-        own = tensors_of(self, "bias", "weight_scale")
-        return [*own, (self._modules, "input_levels"), *tensors_of(levels)]
+        own = lent_tensors_of(self, "bias", "weight_scale")
+        return [*own, (self._modules, "input_levels"), *lent_tensors_of(levels)]
 
     def keep(self, *operands: Any) -> None:
         """Hold what `lay_out` has made."""
@@ -61,6 +61,12 @@ class _KernelLayer(Fused):
         """The bits, uint8, as a checkpoint has them: a new tensor."""
         bits = self._buffers.get("weight")
         return self.pack(self.kernel_signs()) if bits is None else bits
+
+    @weight.setter
+    def weight(self, bits: Tensor) -> None:
+        self._buffers["weight"] = bits
+        with torch.no_grad():
+            self.derive()
 
     def restore(self) -> None:
         bits = self.weight

@@ -1,11 +1,12 @@
 """What something was made of: whether any of it has been replaced, or written to, since then."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ctypes import addressof, string_at
 from typing import Any
 
 from torch import Tensor, nn
 
+from .lending import Lent
 from .library import MemorySpan, library
 
 Place = tuple[dict[str, Any], str]  # a dict of a module, such as its `_parameters`, and the name of an entry of it
@@ -16,12 +17,16 @@ class Sources:
 
     `same()` compares their identity, the addresses of tensors on the CPU and a digest of all their bytes: writes
     through `.data` or numpy are not counted by torch's version counters. Elsewhere, as on a GPU, the counters decide.
+    Where tensors are in a `Lent` dict that has lent none of them, nobody can have written, and none is read.
     """
 
     def __init__(self, places: Iterable[Place], unread: Iterable[Place] = ()):
         """Of `unread` entries only the identity is compared."""
         places, unread = list(places), list(unread)
-        found = [(slot.get, name, slot.get(name)) for slot, name in (*places, *unread)]
+        found = [(_getter(slot), name, dict.get(slot, name)) for slot, name in (*places, *unread)]
+        self.lending = list({id(slot): slot for slot, _ in places if isinstance(slot, Lent)}.values())
+        kept = [isinstance(slot, Lent) for slot, _ in places] + [False] * len(unread)
+        self.always = [entry for entry, is_kept in zip(found, kept, strict=True) if not is_kept]
         read = [value for _, _, value in found[: len(places)] if isinstance(value, Tensor)]
         here = [value for value in read if value.is_cpu]
         self.entries = found
@@ -36,6 +41,16 @@ class Sources:
         self.digest = self.read(self.address, self.count)
 
     def same(self) -> bool:
+        for get, name, value in self.always:
+            if get(name) is not value:
+                return False
+        for slot in self.lending:
+            if slot.lent:
+                return self.same_tensors()
+        return True if self.lending else self.same_tensors()
+
+    def same_tensors(self) -> bool:
+        """Whether no tensor has been replaced or written to: read, and compared."""
         for get, name, value in self.entries:
             if get(name) is not value:
                 return False
@@ -51,12 +66,22 @@ class Sources:
         return hash(b"".join(string_at(span.data, span.bytes) for span in self.spans[:count]))
 
 
+def _getter(slot: dict[str, Any]) -> Callable[[str], Any]:
+    return dict.get.__get__(slot)  # which does not count as lending
+
+
 def _extent(tensor: Tensor) -> int:
     """The bytes from a tensor's first number to its last one."""
     if not tensor.numel():
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return (1 + sum((size - 1) * step for size, step in steps)) * tensor.element_size()
+
+
+def lent_tensors_of(module: nn.Module, *names: str) -> list[Place]:
+    """`tensors_of`, from dicts that know whether anyone may write to their tensors."""
+    Lent.in_place_of(module, "_parameters"), Lent.in_place_of(module, "_buffers")
+    return tensors_of(module, *names)
 
 
 def tensors_of(module: nn.Module, *names: str) -> list[Place]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME, logging
 
 from ..activations import RPReLU
+from ..adapters import refuse_adapted
 from ..convert import empty_packed_, install_method, record_format, replace_modules, to_binary_
 from ..embeddings import BinaryEmbedding, Int8Embedding
 from ..finite import check_finite, tensors_to_check
@@ -307,6 +308,7 @@ class BinaryModelMixin(CheckedLoading):
         """As in transformers, with three differences: what belongs to a training method is left out, the digests of
         the weight files go into config.json, and whatever the folder holds stays as it is until all is written.
         """
+        refuse_adapted(self)
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
         for name in method_state_names(self):
             state_dict.pop(name, None)

@@ -16,7 +16,7 @@ from ..fused.base import Fused
 from ..fused.convolutions import FusedBasicBlock, FusedBottleNeckBlock, FusedStage, FusedStem
 from ..fused.feed_forward import feed_forward, hidden_interval
 from ..fused.layers import JointLinear, KernelLinear
-from ..kernels.sources import Place, tensors_of
+from ..kernels.sources import Place, lent_tensors_of
 from .resnet import BiRealBasicLayer, BiRealBottleNeckLayer, BiRealStem, resized
 
 
@@ -30,7 +30,7 @@ def places_of(block: nn.Module, layers: tuple[nn.Module, ...]) -> list[Place]:
         if any(part in modules for part in (child, *child.children()))
     ]
     for layer in modules:
-        found += layer.places() if isinstance(layer, KernelLinear) else tensors_of(layer)
+        found += layer.places() if isinstance(layer, KernelLinear) else lent_tensors_of(layer)
     return found
 
 
