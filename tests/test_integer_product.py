@@ -44,3 +44,25 @@ def test_what_torchs_int8_product_cannot_take_runs_on_floats(rows: int, inputs: 
     left, right = signs(rows, inputs), signs(outputs, inputs)
     assert torch.equal(integer_product(left, right), left.float() @ right.t().float())
     assert shapes == []
+
+
+class OnGpu:
+    """Shape and device of a tensor that is not there."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, *shape: int):
+        self.shape = shape
+
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "taken"),
+    [(17, 8, 8, True), (16, 8, 8, False), (17, 9, 8, False), (17, 8, 9, False), (16, 9, 9, False), (0, 8, 8, False)],
+)
+def test_on_a_gpu_torchs_int8_product_takes_more_than_16_rows_and_multiples_of_8(
+    rows: int, inputs: int, outputs: int, taken: bool
+):
+    assert functional._int8_product_takes(OnGpu(rows, inputs), OnGpu(outputs, inputs)) is taken
