@@ -594,9 +594,10 @@ def fp16_run(scaler: torch.amp.GradScaler, overflow_at: int = -1) -> Run:
     return run
 
 
-def test_a_scaled_loss_trains_as_the_plain_one():
+@pytest.mark.parametrize("scale", [2.0, 1024.0])
+def test_a_scaled_loss_trains_as_the_plain_one(scale: float):
     plain = fp16_run(torch.amp.GradScaler("cpu", enabled=False))
-    scaled = fp16_run(torch.amp.GradScaler("cpu", init_scale=1024.0))
+    scaled = fp16_run(torch.amp.GradScaler("cpu", init_scale=scale))
     for expected, found in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for expected, found in zip(plain.hook.histories, scaled.hook.histories, strict=True):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hf_bnn.methods import METHODS, STE, Fsg, IRNet, MetaQuant, Method, ReSTE, Stompp, Surge
+from hf_bnn.methods import METHODS, STE, Fsg, IRNet, MetaQuant, Method, ReSTE, Step, Stompp, Surge
 
 # As published here and in results: a run that names a method alone must stay the run that it was.
 FSG = {"length": 5, "beta": 0.9, "binarizer": "bwn_channel", "slow": "mamba", "chunk": 16, "d_model": 8, "d_state": 4}
@@ -85,3 +85,8 @@ def test_the_first_value_beyond_a_range_is_refused_by_its_name(
 ):
     with pytest.raises(ValueError, match=f"({'|'.join(settings)})=.*: {message}"):
         cls(**settings)
+
+
+def test_nothing_is_logged_in_a_step_unless_it_is_said():
+    assert Step(3, 10, 0.1).log is False
+    assert Step(3, 10, 0.1, True).log is True

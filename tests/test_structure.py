@@ -12,6 +12,7 @@ from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding, RoundedEmbedding
 from hf_bnn.layers import BinaryConv2d, BinaryLinear, binary_layers
 from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 from hf_bnn.methods import Place, Site
+from hf_bnn.packed import PackedConv2d, PackedLinear
 
 LINEAR = ("in_features", "out_features")
 CONV2D = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -164,3 +165,13 @@ def test_a_copy_is_packed_by_itself(training: bool):
     assert model.training == training
     assert [type(layer) for layer in model] == [BinaryLinear] * 2
     assert install_method(model)[0].weight_binarizer is not None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_packed_layer_that_is_made_empty_has_a_bias_if_it_is_to_have_one(device: str):
+    for made in (PackedLinear(10, 3, device=device), PackedConv2d(10, 3, (2, 1), levels=SignedLevels(), device=device)):
+        assert (made.bias.shape, made.bias.device.type) == ((3,), device)
+        assert isinstance(made.bias, nn.Parameter)
+        assert {t.device.type for t in made.state_dict().values()} == {device}
+    assert PackedLinear(10, 3, bias=False).bias is None
+    assert PackedConv2d(10, 3, (2, 1), bias=False, levels=SignedLevels()).bias is None
