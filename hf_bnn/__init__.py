@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 # Loaded on first use: packed models run without the training side.
 _LAZY = {
     "BinaryTrainer": "trainer",
-    "BinaryTrainingArguments": "trainer",
+    "BinaryTrainingArguments": "training_arguments",
     "METHODS": "methods",
     "STE": "methods",
     "XNOR": "methods",

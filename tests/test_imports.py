@@ -30,6 +30,7 @@ FLOORS = [
     {"resumable_trainer"},
     {"checked_trainer"},
     {"quantizer", "taught_trainer"},
+    {"training_arguments"},
     {"trainer"},
     {"__init__"},
 ]
@@ -38,6 +39,7 @@ MAY_IMPORT_TRANSFORMERS = {"models", "quantizer", "checked_trainer", "trainer"} 
     "jit_checkpoint",
     "resumable_trainer",
     "run_record",
+    "training_arguments",
     "trials",
     "uploads",
 }
