@@ -86,7 +86,8 @@ def importers_of(package: Path, name: str, outside: bool, at_start: bool = False
 
 
 def test_every_module_has_a_floor():
-    modules = {path.stem if path.suffix else path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    no_modules = {"__pycache__", "py.typed"}
+    modules = {path.stem if path.suffix else path.name for path in PACKAGE.iterdir() if path.name not in no_modules}
     assert modules <= FLOOR.keys()
 
 
