@@ -11,7 +11,7 @@ from hf_bnn.convert import empty_packed_, number_by_execution_, to_binary_
 from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding, RoundedEmbedding
 from hf_bnn.layers import BinaryConv2d, BinaryLinear, binary_layers
 from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
-from hf_bnn.methods import Place, Site
+from hf_bnn.methods import Place, Site, Surge
 from hf_bnn.packed import PackedConv2d, PackedLinear
 
 LINEAR = ("in_features", "out_features")
@@ -175,3 +175,12 @@ def test_a_packed_layer_that_is_made_empty_has_a_bias_if_it_is_to_have_one(devic
         assert {t.device.type for t in made.state_dict().values()} == {device}
     assert PackedLinear(10, 3, bias=False).bias is None
     assert PackedConv2d(10, 3, (2, 1), bias=False, levels=SignedLevels()).bias is None
+
+
+@pytest.mark.parametrize("aux", ["own", "lowrank"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_weights_of_a_methods_branch_have_the_dtype_of_the_layers(aux: str, dtype: torch.dtype):
+    layer = binarize_(nn.Sequential(nn.Linear(8, 6, dtype=dtype)), Surge(aux=aux, rank=2))[0]
+    shapes = {"own": [(6, 8)], "lowrank": [(6, 2), (2, 8)]}[aux]
+    found = list(layer.around.parameters())
+    assert [(tuple(parameter.shape), parameter.dtype) for parameter in found] == [(shape, dtype) for shape in shapes]
