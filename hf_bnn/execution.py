@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .fused.base import Fused
 from .layers import BinaryLayer
 from .levels import LearnedLevels
 from .packed import PACKED, PackedConv2d, PackedLinear
@@ -70,6 +71,9 @@ def _bypassed(model: nn.Module, layers: Iterable[nn.Module], run: Callable[[], o
             run()
     finally:
         hook.remove()
+    for module in list(ran):
+        if isinstance(module, Fused):  # it runs its parts without calling them
+            ran.update(module.modules())
     others = {id(t) for module in model.modules() if not isinstance(module, BINARY_LAYERS) for t in _own(module)}
     return [
         layer

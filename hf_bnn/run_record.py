@@ -70,9 +70,16 @@ def model_record(model: nn.Module) -> dict[str, Any]:
     fields = _flat(config.to_dict()) if hasattr(config, "to_dict") else {}
     kinds = Counter(_kind(layer) for layer in binary_layers(model))
     for name, adapter in (getattr(model, "peft_config", None) or {}).items():
-        fields.update(_flat(adapter.to_dict(), f"adapter {name}."))
+        settings = {field: _names(value) for field, value in adapter.to_dict().items()}
+        fields.update(_flat(settings, f"adapter {name}."))
     labels = len(getattr(config, "id2label", None) or ())
     return {"class": type(model).__name__, **fields, "labels": labels, "binary layers": dict(sorted(kinds.items()))}
+
+
+def _names(value: Any) -> Any:
+    """A list of names in order and each once: PEFT adds the head's to an adapter's whenever it makes a model of it."""
+    names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return sorted(set(value)) if names else value
 
 
 def _kind(layer: nn.Module) -> str:

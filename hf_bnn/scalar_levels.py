@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .levels import ElasticLevels
@@ -17,14 +17,18 @@ NAMES = (".width", ".offset")
 
 
 def has_scalar_levels(state_dict: Mapping[str, Tensor] | None, files: Sequence[str | os.PathLike] | None) -> bool:
-    """Whether the levels in a checkpoint, given in memory or in files, are 0-d. Of files it reads the headers only."""
+    """Whether the levels in a checkpoint, given in memory or in files, are 0-d. Of files it reads the headers only.
+
+    A file that cannot be read counts as one without: loading says what is wrong with it.
+    """
     if state_dict is not None:
         return any(key.endswith(NAMES) and tensor.dim() == 0 for key, tensor in state_dict.items())
     for path in map(Path, files or ()):
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                if any(key.endswith(NAMES) and not file.get_slice(key).get_shape() for key in file.keys()):  # noqa: SIM118
-                    return True
+        if path.suffix != ".safetensors":
+            continue
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            if any(key.endswith(NAMES) and not file.get_slice(key).get_shape() for key in file.keys()):  # noqa: SIM118
+                return True
     return False
 
 

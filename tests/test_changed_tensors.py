@@ -68,7 +68,7 @@ def test_a_layer_sees_every_write(write: Callable, kind: str, levels: str, optim
         if tensor.dtype == torch.uint8:
             tensor.data.bitwise_not_() if write is not through_numpy else tensor.numpy().__ixor__(255)
         else:
-            write(tensor.fill_(0.5) if tensor.dim() == 0 else tensor)
+            write(tensor.fill_(0.5) if tensor.numel() == 1 else tensor)
         found = model(x)
         assert torch.equal(found, read_again(model)(x)), name
         assert not torch.equal(found, before), name

@@ -179,7 +179,7 @@ def test_any_altered_file_of_a_checkpoint_is_refused(run, name):
 
 
 def test_resuming_from_nothing_says_so(tmp_path):
-    with pytest.raises(ValueError, match=r"no complete checkpoint in .*: train without resuming"):
+    with pytest.raises(ValueError, match=r"no complete checkpoint in .*; leave it out to train anew"):
         trainer(tmp_path, max_steps=1).train(resume_from_checkpoint=True)
 
 

@@ -63,7 +63,8 @@ def make_run(method: Fsg, model: nn.Module | None = None, scaling: str = "none",
         model = TinyMLP()
         for name in ("2", "3"):
             nn.init.normal_(model.get_submodule(name).weight)
-    model = binarize_(model, method, skip=("0", "4"), binarize="weights", weight_scaling=scaling)
+    floats = [name for name in ("0", "4") if name in dict(model.named_modules())]
+    model = binarize_(model, method, exclude=floats, binarize="weights", weight_scaling=scaling)
     return hook_into(model, torch.optim.SGD(model.parameters(), lr), method)
 
 

@@ -13,6 +13,7 @@ from hf_bnn.layers import BinaryConv2d, BinaryLinear, binary_layers
 from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 from hf_bnn.methods import Place, Site, Surge
 from hf_bnn.packed import PackedConv2d, PackedLinear
+from hf_bnn.selection import choose_layers
 
 LINEAR = ("in_features", "out_features")
 CONV2D = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -41,7 +42,8 @@ def test_a_binary_layer_has_the_float_layers_parameters_geometry_and_mode(kind: 
     expected = geometry(layer, kind)
     levels = ElasticLevels()
     drawn = torch.random.get_rng_state()
-    (binary,) = to_binary_(nn.Sequential(layer), levels=lambda name: levels, weight_scaling="layer")
+    model = nn.Sequential(layer)
+    (binary,) = to_binary_(model, choose_layers(model, None, []), levels=lambda name: levels, weight_scaling="layer")
     assert torch.equal(torch.random.get_rng_state(), drawn)  # no weights are drawn to be thrown away
     assert isinstance(binary, BinaryLinear | BinaryConv2d)
     assert geometry(binary, kind) == expected
@@ -78,9 +80,9 @@ def test_packing_and_unpacking_keep_all_but_the_latent_weights(kind: str, bias: 
 
 @every_layer
 def test_an_empty_packed_layer_lies_where_its_latent_one_does(kind: str):
-    model = to_binary_(nn.Sequential(LAYERS[kind][0](device="meta")))
-    bits = pack_(to_binary_(nn.Sequential(LAYERS[kind][0]()))).state_dict()
-    empty = empty_packed_(model).state_dict()
+    models = [nn.Sequential(LAYERS[kind][0](device=device)) for device in ("meta", "cpu")]
+    empty, full = (to_binary_(model, choose_layers(model, None, [])) for model in models)
+    bits, empty = pack_(full).state_dict(), empty_packed_(empty).state_dict()
     assert {key: (t.shape, t.dtype) for key, t in empty.items()} == {key: (t.shape, t.dtype) for key, t in bits.items()}
     assert {t.device.type for t in empty.values()} == {"meta"}
 

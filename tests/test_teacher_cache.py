@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_bnn.distillation import TeacherCache, TeacherOutput, hidden_loss
+from hf_bnn.distillation import Outputs, hidden_loss
+from hf_bnn.teacher import TeacherCache
 
 
 class Teacher:
@@ -13,12 +14,13 @@ class Teacher:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, inputs: dict[str, Tensor]) -> TeacherOutput:
+    def __call__(self, inputs: dict[str, Tensor]) -> Outputs:
         self.calls += 1
         states = inputs["input_ids"].float().unsqueeze(-1).expand(-1, -1, 4)
-        return TeacherOutput(inputs["input_ids"].float().sum(1, keepdim=True), (states, -states))
+        logits = inputs["input_ids"].float().sum(1, keepdim=True)
+        return Outputs({"logits": logits}, {"encoder": (states, -states)})
 
-    def through(self, cache: TeacherCache, inputs: dict[str, Tensor]) -> TeacherOutput:
+    def through(self, cache: TeacherCache, inputs: dict[str, Tensor]) -> Outputs:
         return cache.get(inputs, lambda: self(inputs))
 
 
@@ -36,13 +38,13 @@ def test_a_batch_padded_on_the_left_is_never_kept(other: list[int]):
     left = batch([1, 2], other, left=True)
     for calls in (1, 2):
         found = teacher.through(cache, left)
-        assert torch.equal(found.hidden_states[0][..., 0], left["input_ids"].float())
+        assert torch.equal(found.hidden_states["encoder"][0][..., 0], left["input_ids"].float())
         assert teacher.calls == calls
     assert (cache.examples, cache.bytes) == ({}, 0)
     right = batch([1, 2], other)
     for _ in range(2):
         found = teacher.through(cache, right)
-        assert torch.equal(found.hidden_states[0][..., 0], right["input_ids"].float())
+        assert torch.equal(found.hidden_states["encoder"][0][..., 0], right["input_ids"].float())
     assert teacher.calls == 3
     assert len(cache.examples) == 2
 
@@ -75,9 +77,9 @@ def test_what_is_remembered_has_the_teachers_shapes_with_zeros_at_the_padding():
     teacher.through(cache, batch([1, 2, 3], [4, 5]))
     found = teacher.through(cache, batch([4, 5], [1, 2, 3]))
     assert teacher.calls == 1
-    assert found.logits.tolist() == [[9.0], [6.0]]
-    assert [states.shape for states in found.hidden_states] == [(2, 3, 4)] * 2
-    assert found.hidden_states[1][..., 0].tolist() == [[-4.0, -5.0, 0.0], [-1.0, -2.0, -3.0]]
+    assert found.predictions["logits"].tolist() == [[9.0], [6.0]]
+    assert [states.shape for states in found.hidden_states["encoder"]] == [(2, 3, 4)] * 2
+    assert found.hidden_states["encoder"][1][..., 0].tolist() == [[-4.0, -5.0, 0.0], [-1.0, -2.0, -3.0]]
 
 
 @pytest.mark.parametrize(

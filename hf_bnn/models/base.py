@@ -32,7 +32,7 @@ from ..training import method_state_names
 from .checkpoint import AGAIN, CONFIG_DIGEST, check_padding, check_sizes, verify_structure, write_structure_digest
 from .loading import BUILDING_ERRORS, CheckedLoading, one_line, refuse_offloading
 from .plain_trainer import notice_plain_trainer
-from .saving import WEIGHT_FILE, digests_of_other_variants, publish, replace_stock_card
+from .saving import WEIGHT_FILE, digests_of_other_variants, publish, replace_stock_card, undeclared_ties
 
 logger = logging.get_logger(__name__)
 
@@ -312,6 +312,8 @@ class BinaryModelMixin(CheckedLoading):
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
         for name in method_state_names(self):
             state_dict.pop(name, None)
+        for name in undeclared_ties(self, state_dict):
+            state_dict[name] = state_dict[name].clone()
         checked = {key: state_dict.get(key) for key in tensors_to_check(self)}
         check_finite(f"save {type(self).__name__}", checked)
         record = self.record

@@ -33,7 +33,7 @@ from .checkpoint import (
 
 OPTIONAL = ("*pooler.*", "*mask_token")  # of the encoder, but not under every head
 # Fields of which a caller may ask for other values than a latent checkpoint was trained with.
-RESTRUCTURING = ("binarize", "levels", "ffn_levels", "attention", "block", "block_activation", "unsigned")
+RESTRUCTURING = ("binarize", "levels", "ffn_levels", "attention", "block", "block_activation", "unsigned", "exclude")
 # What building a model from a broken file ends in, in transformers, torch and safetensors.
 BUILDING_ERRORS = (
     SafetensorError,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..model_card import body, facts_of
@@ -65,3 +68,14 @@ def replace_stock_card(model: BinaryModelMixin, folder: Path, repository: str) -
     card.text = body(facts_of(model, packed=is_packed(model)), repository)
     card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *TAGS]))
     card.save(path)
+
+
+def undeclared_ties(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """The keys that may be tied in a model of this class, but are not in this one: transformers would leave them out.
+
+    A BERT with `tie_word_embeddings=False` shares the bias of its output layer after the vocabulary was resized; loaded
+    again it has two of them.
+    """
+    patterns = list(model._tied_weights_keys or ())
+    untied = (key for key in state_dict if key not in model.all_tied_weights_keys)
+    return [key for key in untied if any(re.fullmatch(pattern, key) for pattern in patterns)]
