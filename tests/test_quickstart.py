@@ -118,7 +118,7 @@ def test_only_a_run_with_a_branch_is_said_to_be_trained_with_surge():
     assert quickstart.method_name("surge", None) == "surge"
     assert quickstart.method_name("stompp+surge", "order=global") == "stompp+surge (order=global)"
     (arguments,) = quickstart.HfArgumentParser(quickstart.QuickstartArguments).parse_args_into_dataclasses([])
-    assert quickstart.make_method(arguments.method, arguments.method_args) == Surge(eta=0.1)  # of the paper: its own
+    assert quickstart.make_method(arguments.method, arguments.method_args) == Surge(eta=0.1, aux="leaky")
 
 
 def test_altered_sentences_are_made_of_the_real_ones():
