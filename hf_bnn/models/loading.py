@@ -33,7 +33,7 @@ from .checkpoint import (
 
 OPTIONAL = ("*pooler.*", "*mask_token")  # of the encoder, but not under every head
 # Fields of which a caller may ask for other values than a latent checkpoint was trained with.
-RESTRUCTURING = ("binarize", "levels", "ffn_levels", "attention", "block", "block_activation", "unsigned", "exclude")
+RESTRUCTURING = ("binarize", "levels", "ffn_levels", "attention", "block", "block_activation", "unsigned")
 # What building a model from a broken file ends in, in transformers, torch and safetensors.
 BUILDING_ERRORS = (
     SafetensorError,
@@ -215,7 +215,9 @@ class CheckedLoading:
     def restructured(self, source: dict[str, Any]) -> list[str]:
         """The fields in which this model's structure is not what a config.json says: other levels, say."""
         record, saved = self.record.to_dict(), record_of(source)
-        return [field for field in RESTRUCTURING if saved.get(field, record.get(field)) != record.get(field)]
+        # Which layers packed weights are of, their headers tell; another head adds its own layers to those excluded.
+        fields = (*RESTRUCTURING, "exclude") if self.loaded_format == "latent" else RESTRUCTURING
+        return [field for field in fields if saved.get(field, record.get(field)) != record.get(field)]
 
 
 def _differs(config: PreTrainedConfig | None, cls: type[PreTrainedConfig], source: dict[str, Any]) -> bool:
