@@ -18,6 +18,7 @@ from hf_bnn import (
     pack_,
 )
 from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
+from hf_bnn.finite import check_finite, tensors_to_check
 from hf_bnn.levels import ElasticLevels
 from hf_bnn.packed import PACKED, is_packed
 
@@ -129,3 +130,20 @@ def test_a_packed_bert_refuses_an_id_of_minus_one():
     model = pack_(BinaryBertForSequenceClassification(tiny_config()))
     with pytest.raises(IndexError, match="index out of range"), torch.no_grad():
         model(input_ids=torch.tensor([[1, -1]]))
+
+
+def test_one_bad_tensor_is_found_behind_those_that_hold_no_numbers():
+    harmless = {"ids": torch.arange(3), "meta": torch.full((2,), float("nan"), device="meta"), "none": None}
+    check_finite("pack it", {**harmless, "good": torch.ones(2)})
+    message = r"cannot pack it: 2 of the 3 values of 'bad' are NaN or infinite, which signs would hide"
+    with pytest.raises(ValueError, match=message):
+        check_finite("pack it", {**harmless, "bad": torch.tensor([1.0, float("inf"), float("nan")])})
+
+
+def test_each_tensor_is_looked_at_once_by_its_name_in_the_state_dict():
+    model = binarize_(TinyConvNet(), Surge(), exclude=["0", "9"], levels=lambda name: ElasticLevels())
+    found = tensors_to_check(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    parts = tuple(f"{name}.around." for name, layer in model.named_modules() if hasattr(layer, "around"))
+    assert found.keys() == {name for name in state if not name.startswith(parts)}
+    assert all(found[name].data_ptr() == state[name].data_ptr() for name in found)

@@ -8,7 +8,15 @@ import pytest
 import torch
 from tiny import SIZE, TinyConvNet, tiny_config, tiny_float_bert, tiny_float_vit, tiny_model, tiny_resnet, tiny_vit
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_bnn import (
     BinaryBertConfig,
@@ -20,6 +28,7 @@ from hf_bnn import (
     pack_,
 )
 from hf_bnn.layers import WeightedLayer
+from hf_bnn.selection import choose_layers, default_exclude
 from hf_bnn.summary import composition
 
 
@@ -246,3 +255,41 @@ def test_it_is_said_when_a_float_checkpoint_becomes_binary_and_at_no_other_time(
     caplog.clear()
     BinaryBertForSequenceClassification.from_pretrained(tmp_path / "latent")
     assert "of the weights are binary" not in caplog.text
+
+
+# The parts of the choice
+
+
+@pytest.mark.parametrize(("channels", "binary"), [(1, False), (3, False), (4, True), (2, True)])
+def test_a_convolution_of_as_many_channels_as_an_image_has_stays_float(channels: int, binary: bool):
+    model = tiny_float_bert()
+    model.bert.extra = nn.Conv2d(channels, 8, 1)
+    assert ("bert.extra" not in default_exclude(model)) is binary
+    model.config.num_channels = channels
+    assert "bert.extra" in default_exclude(model)
+    model.bert.extra = nn.Conv2d(channels, channels, 1, groups=channels)  # which mixes no channels
+    assert ("bert.extra" in default_exclude(model)) is (channels == 1)
+
+
+def test_layers_that_are_cast_back_to_float32_stay_float():
+    model = tiny_float_bert()
+    name = "bert.encoder.layer.0.intermediate.dense"
+    assert name not in default_exclude(model)
+    model._keep_in_fp32_modules = ["intermediate"]
+    assert name in default_exclude(model)
+
+
+def test_output_layers_are_ends_tied_or_not():
+    for tied in (True, False):
+        torch.manual_seed(0)
+        size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+        model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2, tie_word_embeddings=tied))
+        assert "lm_head" in default_exclude(model)
+        assert "model.layers.0.self_attn.q_proj" not in default_exclude(model)
+
+
+def test_an_include_pattern_that_matches_nothing_is_held_against_the_layers_alone():
+    with pytest.raises(ValueError, match=r"include pattern '\*\.LayerNorm' matches no nn\.Linear or nn\.Conv2d of"):
+        choose_layers(tiny_float_bert(), ["*.LayerNorm"], [])
+    chosen = choose_layers(tiny_float_bert(), ["*.query"], [])
+    assert set(chosen.values()) == {f"bert.encoder.layer.{n}.attention.self.query" for n in range(2)}
