@@ -370,7 +370,7 @@ def load(base: Base, folder: Path, auto: bool, expected: str | None, readable: b
         return Outcome("refused" if "\n" not in str(error) else "unexplained", str(error))
     except MemoryError as error:
         return Outcome("too much memory", traceback.format_exc(limit=-3) + str(error))
-    except Exception as error:
+    except Exception as error:  # whatever it is, is what the fuzzer looks for
         where = traceback.format_exc()
         reached = not auto or f"{Path(hf_bnn.__file__).parent}" in where
         kind = "unexplained" if base.ours and readable and reached else "refused upstream"
