@@ -35,7 +35,7 @@ TRAINER_EXAMPLE, PLUG_IN_EXAMPLE, SPEED_EXAMPLE = re.findall(r"```python\n(.*?)`
 def test_the_readme_has_the_two_commands():
     assert COMMANDS == [
         'pip install -c constraints.txt -e ".[demo]" && python scripts/quickstart.py --output_dir quickstart',
-        'pip install -c constraints.txt -e ".[test,demo]" && python -m pytest',
+        'pip install -c constraints.txt -e ".[test,demo]" && python -m pytest -n 2 --dist loadfile',
     ]
 
 
