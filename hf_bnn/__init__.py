@@ -3,10 +3,11 @@
 import importlib
 
 from . import adapters  # noqa: F401 (watches over PEFT's adapters around binary layers)
-from .convert import binarize_, calibrate_, install_method, pack_, unpack_
+from .convert import binarize_, pack_, unpack_
 from .diagnostics import InputReport, check_inputs
 from .execution import bypassed_layers, check_layers_run
 from .fused import optimize_
+from .install import calibrate_, install_method
 from .models import (
     BinaryBertConfig,
     BinaryBertForMaskedLM,
@@ -24,15 +25,15 @@ from .models import (
     BinaryViTForMaskedImageModeling,
     BinaryViTModel,
 )
-from .quantizer import BinaryConfig
+from .models.plug_in import BinaryConfig
 from .summary import Summary, summary
 
 __version__ = "0.1.0"
 
 # Loaded on first use: packed models run without the training side.
 _LAZY = {
-    "BinaryTrainer": "trainer",
-    "BinaryTrainingArguments": "training_arguments",
+    "BinaryTrainer": "training.trainer",
+    "BinaryTrainingArguments": "training.arguments",
     "METHODS": "methods",
     "STE": "methods",
     "XNOR": "methods",

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .embeddings import RoundedEmbedding
-from .layers import BinaryConv2d, BinaryLayer
-from .packed import PACKED
+from .nn.embeddings import RoundedEmbedding
+from .nn.layers import BinaryConv2d, BinaryLayer
+from .nn.packed import PACKED
 
 KEEP = (
     "Keep the adapter: save it with PeftModel.save_pretrained, and load it on top of the binary model with "

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .fast_path import leave_fast_path_
-from .finite import check_finite, tensors_to_check
 from .fused import restore_
-from .layers import BINARY, BinaryLayer, WeightedLayer, binary_layers
-from .levels import LearnedLevels, SignedLevels
-from .packed import PACKED, is_packed
+from .install import binary_fraction, drop_method, install_method
+from .nn.fast_path import leave_fast_path_
+from .nn.finite import check_finite, tensors_to_check
+from .nn.layers import BINARY, WeightedLayer, binary_layers
+from .nn.levels import SignedLevels
+from .nn.packed import PACKED, is_packed
 from .selection import choose_layers, default_exclude, pattern_list
 
 if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
-    from .methods.base import Method, Place, Site
+    from .methods.base import Method
 
 
 def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]) -> list[str]:
@@ -32,85 +33,6 @@ def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn
         if made.get(module) is not None:
             model.set_submodule(name, made[module])
     return names
-
-
-def install_method(model: nn.Module, method: Method | None = None) -> nn.Module:
-    """Give every binary layer the method's parts, in place. Whatever an earlier method left is dropped.
-
-    None stands for the straight-through estimator.
-    """
-    from .methods.base import Method
-
-    method = method or Method()
-    layers = binary_layers(model)
-    for layer, site in zip(layers, _sites(model, layers), strict=True):
-        layer.install(method, site)
-        for _, part in layer.parts():
-            part.train(layer.training)
-    return leave_fast_path_(model)
-
-
-@torch.no_grad()
-def number_by_execution_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
-    """Number the binary layers in the order in which `run()` executes them, in place, for methods that go by it.
-
-    Without it they count in the order of definition, which differs where a shortcut is defined before the main path.
-    Layers that read the same tensor (query, key, value) become a group. Layers that do not run come last.
-    """
-    inputs: dict[BinaryLayer, object] = {}  # kept alive, so that no two of them have the same identity
-
-    def note(layer: BinaryLayer, arguments: tuple) -> None:
-        inputs.setdefault(layer, arguments[0])
-
-    _run_watched(model, run, note)
-    layers = [*inputs, *(layer for layer in binary_layers(model) if layer not in inputs)]
-    groups = [id(inputs.get(layer, layer)) for layer in layers]
-    for layer, site in zip(layers, _sites(model, layers, groups), strict=True):
-        layer.place(site)
-    return model
-
-
-def _sites(model: nn.Module, layers: list[BinaryLayer], groups: list[int] | None = None) -> Iterator[Site]:
-    """Where each of the layers is, in the order given; layers of the same group have the same number in `groups`."""
-    from .methods.base import Site
-
-    blocks = _blocks(model)
-    group_places = _places(groups or list(range(len(layers))))
-    block_places = _places([blocks[layer] for layer in layers])
-    for index, layer in enumerate(layers):
-        weight = getattr(layer, "weight", None)
-        shape = None if weight is None else tuple(weight.shape)
-        yield Site(index, len(layers), shape, group=group_places[index], block=block_places[index])
-
-
-def _places(keys: list) -> list[Place]:
-    """Equal keys share a place; places count up in the order in which their keys come first."""
-    from .methods.base import Place
-
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return [Place(numbers[key], len(numbers)) for key in keys]
-
-
-def _blocks(model: nn.Module) -> dict[BinaryLayer, str]:
-    """The name of each binary layer's block: the innermost element of a list of modules that holds several of them."""
-    names = {name: module for name, module in model.named_modules() if isinstance(module, BinaryLayer)}
-    elements = [
-        f"{name}.{child}" if name else child
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        for child, _ in module.named_children()
-    ]
-    several = [e for e in elements if sum(name.startswith(f"{e}.") for name in names) > 1]
-    return {
-        layer: max((e for e in several if name.startswith(f"{e}.")), key=len, default=name)
-        for name, layer in names.items()
-    }
-
-
-def binary_fraction(model: nn.Module) -> float:
-    """How far the method has come in making the model binary in training, 0 to 1 (1: all methods but StoMPP)."""
-    binarizers = [part for layer in binary_layers(model) for slot, part in layer.parts() if slot != "around"]
-    return sum(part.binary_fraction() for part in binarizers) / len(binarizers) if binarizers else 1.0
 
 
 def binarize_(
@@ -176,37 +98,6 @@ def to_binary_(
 
 
 @torch.no_grad()
-def calibrate_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
-    """Fit the learned levels that are still fresh to the inputs that they see in `run()`, in place, first layers first.
-
-    Without it elastic levels start at width 1, whatever the size of the activations. Levels that were fitted or loaded
-    before stay as they are.
-
-    >>> from hf_bnn.levels import ElasticLevels
-    >>> model = binarize_(nn.Sequential(nn.Linear(8, 8)), levels=lambda name: ElasticLevels())
-    >>> _ = calibrate_(model, lambda: model(torch.full((4, 8), 0.25)))
-    >>> model[0].input_levels.width.item()
-    0.25
-    """
-    _run_watched(model, run, lambda layer, inputs: layer.fit_levels(*inputs))
-    return model
-
-
-def _run_watched(model: nn.Module, run: Callable[[], object], watch: Callable[[BinaryLayer, tuple], None]) -> None:
-    """`run()` in evaluation mode, with `watch(layer, inputs)` called before each binary layer."""
-    modes = [(module, module.training) for module in model.modules()]  # parts may be frozen in evaluation
-    hooks = [layer.register_forward_pre_hook(watch) for layer in binary_layers(model)]
-    try:
-        model.eval()
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
-
-
-@torch.no_grad()
 def pack_(model: nn.Module, commit: bool = False) -> nn.Module:
     """Replace latent weights by their bits, in place, and switch to evaluation. The model can no longer be trained.
 
@@ -260,11 +151,6 @@ def record_format(model: nn.Module) -> None:
             record.weight_format = "packed" if is_packed(module) else latent
 
 
-def has_fresh_levels(model: nn.Module) -> bool:
-    """Whether any learned levels are as they were made: neither fitted, nor trained, nor loaded."""
-    return any(isinstance(module, LearnedLevels) and module.fresh for module in model.modules())
-
-
 def can_pack(model: nn.Module) -> bool:
     """Whether `pack_` would find anything."""
     return any(_packs(module) for module in model.modules())
@@ -292,13 +178,6 @@ def unpack_(model: nn.Module) -> nn.Module:
         raise ValueError(f"nothing to unpack: {type(model).__name__} has no packed layer")
     record_format(model)
     return install_method(model)
-
-
-def drop_method(model: nn.Module) -> None:
-    """Empty the slots of every binary layer that is left: it then only evaluates."""
-    for layer in binary_layers(model):
-        for slot in layer.slots:
-            setattr(layer, slot, None)
 
 
 def _packs(module: nn.Module) -> bool:

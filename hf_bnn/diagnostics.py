@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .execution import bypassed_layers, untouched
 from .functional import sign_int8
-from .layers import BinaryLayer, WeightedLayer
-from .levels import SignedLevels
-from .packed import PackedConv2d, PackedLinear, is_packed
+from .nn.layers import BinaryLayer, WeightedLayer
+from .nn.levels import SignedLevels
+from .nn.packed import PackedConv2d, PackedLinear, is_packed
 
 MANY = 0.5  # the share of constant features, or of dead outputs, above which something is wrong
 NEARLY_ALL = 0.95  # the share of inputs beyond the levels above which hardly any gradient passes

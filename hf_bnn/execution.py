@@ -13,9 +13,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .fused.base import Fused
-from .layers import BinaryLayer
-from .levels import LearnedLevels
-from .packed import PACKED, PackedConv2d, PackedLinear
+from .nn.layers import BinaryLayer
+from .nn.levels import LearnedLevels
+from .nn.packed import PACKED, PackedConv2d, PackedLinear
 
 BINARY_LAYERS = (BinaryLayer, PackedLinear, PackedConv2d)
 SHOWN = 4  # names in an error

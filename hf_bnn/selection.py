@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .direct_reads import reads_weight
-from .layers import BINARY, padding_of
+from .nn.direct_reads import reads_weight
+from .nn.layers import BINARY, padding_of
 
 FLOAT_NAMES = ("*pooler*", "*patch_embed*")
 KINDS = "nn.Linear or nn.Conv2d"

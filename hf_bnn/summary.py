@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .layers import BinaryLayer
-from .levels import SignedLevels
-from .packed import PACKED, PackedConv2d, PackedLinear
+from .nn.layers import BinaryLayer
+from .nn.levels import SignedLevels
+from .nn.packed import PACKED, PackedConv2d, PackedLinear
 
 
 class Summary(NamedTuple):

@@ -26,6 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from benchmarks.quickstart_results import HELD_OUT, HUB_MODEL, MAX_LENGTH, method_name, table
 from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -45,15 +46,12 @@ from hf_bnn import (
     optimize_,
     summary,
 )
-from hf_bnn.allocator import keep_freed_memory
-from hf_bnn.checked_trainer import CheckedTrainer, last_complete_checkpoint
-from hf_bnn.glue import GlueMetric
 from hf_bnn.integrity import MANIFEST, is_complete, verify_manifest, write_atomically, write_manifest
+from hf_bnn.tasks.glue_metric import GlueMetric
+from hf_bnn.training.allocator import keep_freed_memory
+from hf_bnn.training.checked_trainer import CheckedTrainer, last_complete_checkpoint
 
 DATA = Path(__file__).parent / "data" / "rotten_tomatoes.jsonl.gz"
-HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-HELD_OUT = 1000
-MAX_LENGTH = 64
 DROPPED_WORDS = 0.15  # the share left out of an altered sentence
 
 
@@ -303,13 +301,6 @@ def binary_student(
     return model, trainer.state.log_history
 
 
-def method_name(method: str, method_args: str | None) -> str:
-    """What a run was trained with, in words. SURGE without a branch is no more than a leaky estimator."""
-    if method == "surge" and getattr(make_method(method, method_args), "aux", None) == "leaky":
-        return f"leaky STE (surge, {method_args})"
-    return method + (f" ({method_args})" if method_args else "")
-
-
 def run_folder(output_dir: str, name: str, chosen: dict) -> Path:
     """Where a run's checkpoints lie: a folder of its own for each choice, so that none goes on from another's.
 
@@ -369,32 +360,6 @@ def plot(path: Path, histories: dict[str, list[dict]], accuracies: dict[str, flo
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def table(results: dict) -> str:
-    """The results as the one table that is printed."""
-
-    def row(name: str, left: str, right: str, ratio: str) -> str:
-        return f"{name:<34}{left:>12}{right:>12}{ratio:>12}"
-
-    lines = [row("", "float", "binary", "ratio")]
-    if results["smoke"]:
-        lines.append(f"accuracy: not reported, this was a smoke run of {results['arguments']['max_steps']} steps")
-    else:
-        left, right = results["accuracy_float"], results["accuracy_binary"]
-        name = f"accuracy ({HELD_OUT} held-out sentences)"
-        lines.append(row(name, f"{left:.1%}", f"{right:.1%}", f"{results['retention']:.3f}"))
-    size = [results["bytes_float"], results["bytes_packed"]]
-    lines.append(row("weight file, MB", *(f"{b / 1e6:.2f}" for b in size), f"{size[0] / size[1]:.2f}x"))
-    if results["matrix_compression"]:
-        lines.append(row("binary matrices, with scales", "", "", f"{results['matrix_compression']:.2f}x"))
-    lines.append(row("share of binary weights", "", f"{results['binary_share']:.1%}", ""))
-    for suffix, batch in (("", 1), ("_batch32", 32)):
-        left, right = results[f"latency_float_ms{suffix}"], results[f"latency_packed_ms{suffix}"]
-        name = f"latency, {batch} x {MAX_LENGTH} tokens, ms"
-        lines.append(row(name, f"{left:.1f}", f"{right:.1f}", f"{left / right:.2f}x"))
-    lines.append(f"packed logits equal the trained model's: {'yes' if results['packed_equals_latent'] else 'NO'}")
-    return "\n".join(lines)
 
 
 def compare(arguments: QuickstartArguments, tokenizer, held_out: Dataset, latent: torch.nn.Module) -> dict:

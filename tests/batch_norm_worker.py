@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hf_bnn.batch_norm import plain_batch_norm_, share_statistics_, sync_batch_norm_
+from hf_bnn.training.batch_norm import plain_batch_norm_, share_statistics_, sync_batch_norm_
 
 ROWS = (5, 3)  # of each rank
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from image_data import Collator, StreamedPictures
-from stream_trainer import SharedStreams, rows_per_turn
 from test_image_streams import BATCH, PREPROCESSING, ROWS, TRAINING, stream, table
 from transformers import TrainingArguments
+
+from hf_bnn.tasks.images.data import Collator, StreamedPictures
+from hf_bnn.tasks.images.streams import SharedStreams, rows_per_turn
 
 
 class Mean(torch.nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_bnn.activations import RPReLU
+from hf_bnn.nn.activations import RPReLU
 
 
 def rprelu(x: float, shift: float, slope: float, offset: float) -> float:

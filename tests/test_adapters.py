@@ -24,7 +24,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_bnn import optimize_, pack_
 from hf_bnn.adapters import AdaptedLayer
-from hf_bnn.layers import BinaryConv2d, BinaryLinear
+from hf_bnn.nn.layers import BinaryConv2d, BinaryLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from hf_bnn.allocator import keep_freed_memory
+from hf_bnn.training.allocator import keep_freed_memory
 
 # malloc.h: the parameters' numbers
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3

@@ -9,8 +9,10 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from hf_bnn import BinaryTrainer, BinaryTrainingArguments, argument_checks, optimize_, pack_, packed
+from hf_bnn import BinaryTrainer, BinaryTrainingArguments, optimize_, pack_
 from hf_bnn.models import plain_trainer
+from hf_bnn.nn import packed
+from hf_bnn.training import argument_checks
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_the_rate_of_a_float_model_and_a_missing_teacher_are_said_once(tmp_path,
     one = trainer(tmp_path, max_steps=1, learning_rate=5e-5)
     one.train()
     argument_checks.warn_of_recipe(one.model, 5e-5, has_teacher=False)
-    told = [record.message for record in warnings.records if record.name == "hf_bnn.argument_checks"]
+    told = [record.message for record in warnings.records if record.name == "hf_bnn.training.argument_checks"]
     assert len(told) == 2
     assert "learning_rate=5e-05 suits float models" in told[0]
     assert "1e-3 is a good first choice" in told[0]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, EncoderDecoderModel
 
 from hf_bnn import BinaryBertModel, kernels, optimize_, pack_
-from hf_bnn.attention import BinaryAttention, BooleanAttention
 from hf_bnn.fused.attention import fuse_attention
+from hf_bnn.nn.attention import BinaryAttention, BooleanAttention
 
 STATES = {"latent": lambda model: model.eval(), "packed": pack_, "optimized": lambda model: optimize_(pack_(model))}
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hf_bnn import binarize_, install_method, pack_
 from hf_bnn.functional import WEIGHT_SCALINGS, weight_scale
-from hf_bnn.layers import BinaryConv2d, BinaryLinear, binary_layers
-from hf_bnn.levels import ElasticLevels
 from hf_bnn.methods import STE, XNOR, DoReFa, IRNet, Method, Part, ReSTE, Site, Step, Surge
+from hf_bnn.nn.layers import BinaryConv2d, BinaryLinear, binary_layers
+from hf_bnn.nn.levels import ElasticLevels
 from hf_bnn.training import begin_step, end_backward, hook_optimizer
 
 SHAPES = {"linear": (8, 12), "conv2d": (6, 4, 3, 3)}

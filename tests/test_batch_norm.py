@@ -6,8 +6,8 @@ import torch.distributed as dist
 from batch_norm_worker import ROWS, normalization, two_steps
 from torch import nn
 
-from hf_bnn import batch_norm
-from hf_bnn.batch_norm import plain_batch_norm_, share_statistics_, sync_batch_norm_
+from hf_bnn.training import batch_norm
+from hf_bnn.training.batch_norm import plain_batch_norm_, share_statistics_, sync_batch_norm_
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from hf_bnn import (
     kernels,
 )
 from hf_bnn.functional import pack_bits
-from hf_bnn.levels import ElasticLevels
+from hf_bnn.nn.levels import ElasticLevels
 
 FIELDS = {
     "name",

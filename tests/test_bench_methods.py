@@ -10,8 +10,8 @@ import torch
 from small_nets import digits, fashion_mnist, float_ends, plain_mlp, resnet
 
 from hf_bnn import binarize_
-from hf_bnn.layers import binary_layers
 from hf_bnn.methods import STE, Stompp
+from hf_bnn.nn.layers import binary_layers
 
 SHORT = bench.Training(steps=12, batch=32, lr=0.05)
 

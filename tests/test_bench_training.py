@@ -11,7 +11,7 @@ from torch import nn
 from hf_bnn import binarize_
 from hf_bnn.methods import METHODS, Site, Step
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_training.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmarks" / "bench_training.py"
 TINY = ["--inputs", "16", "--outputs", "8", "--rounds", "3"]
 
 

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, RobertaConfig
 
 from hf_bnn import BinaryBertConfig, BinaryBertForSequenceClassification, pack_, summary
-from hf_bnn.attention import BinaryMatmul
-from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
-from hf_bnn.layers import BinaryLinear, binary_layers
-from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
-from hf_bnn.packed import PackedLinear
+from hf_bnn.nn.attention import BinaryMatmul
+from hf_bnn.nn.embeddings import BinaryEmbedding, Int8Embedding
+from hf_bnn.nn.layers import BinaryLinear, binary_layers
+from hf_bnn.nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.nn.packed import PackedLinear
 
 VARIANTS = [
     {},

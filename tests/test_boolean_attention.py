@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from hf_bnn import install_method
-from hf_bnn.attention import BooleanAttention
 from hf_bnn.methods import STE
 from hf_bnn.methods.base import ClippedSign, IdentitySign, Part
+from hf_bnn.nn.attention import BooleanAttention
 
 MASK = torch.finfo(torch.float32).min
 

@@ -13,7 +13,7 @@ from hf_bnn.fused import restore_
 from hf_bnn.kernels import sources
 from hf_bnn.kernels.library import Library
 from hf_bnn.kernels.sources import Sources, tensors_of
-from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 
 LEVELS = {"signed": SignedLevels, "unsigned": UnsignedLevels, "elastic": ElasticLevels}
 

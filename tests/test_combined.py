@@ -9,8 +9,6 @@ from torch import Tensor
 
 from hf_bnn import install_method
 from hf_bnn.functional import weight_scale
-from hf_bnn.layers import BinaryLinear
-from hf_bnn.levels import SignedLevels
 from hf_bnn.methods import (
     STE,
     XNOR,
@@ -31,6 +29,8 @@ from hf_bnn.methods.approx_sign import ApproximateSign
 from hf_bnn.methods.base import ClippedSign, Direct, IdentitySign
 from hf_bnn.methods.surge import AuxiliaryBranch
 from hf_bnn.methods.unscaled_sign import UnscaledSign
+from hf_bnn.nn.layers import BinaryLinear
+from hf_bnn.nn.levels import SignedLevels
 
 SITE = Site(0, 1, (8, 12))
 THREE = make_method("dorefa+approx_sign+surge", "clip=2,surge.eta=0.3")

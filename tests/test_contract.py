@@ -8,8 +8,8 @@ import torch
 from tiny import EVERY_METHOD, NETS, make_net, method_id, optimizer_of, train_steps
 
 from hf_bnn import pack_, summary
-from hf_bnn.layers import binary_layers
 from hf_bnn.methods import METHODS, STE, Method, method_from_dict
+from hf_bnn.nn.layers import binary_layers
 from hf_bnn.training import load_method_state, method_state, method_state_names, parameter_roles
 
 every_method = pytest.mark.parametrize("method", EVERY_METHOD, ids=method_id)

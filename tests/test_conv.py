@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from hf_bnn import BinaryBertForSequenceClassification, binarize_, install_method, optimize_, pack_, summary, unpack_
 from hf_bnn.functional import WEIGHT_SCALINGS, integer_conv2d, unpack_bits, weight_scale
-from hf_bnn.layers import BINARIZE, BinaryConv2d, BinaryLinear, binary_layers
-from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 from hf_bnn.methods import STE, Surge
-from hf_bnn.packed import PackedConv2d, PackedLinear
+from hf_bnn.nn.layers import BINARIZE, BinaryConv2d, BinaryLinear, binary_layers
+from hf_bnn.nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.nn.packed import PackedConv2d, PackedLinear
 
 every_levels = pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
 every_scaling = pytest.mark.parametrize("scaling", WEIGHT_SCALINGS)

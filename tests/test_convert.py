@@ -8,11 +8,12 @@ from tiny import make_net, optimizer_of, tiny_model, train_steps
 from torch import Tensor, nn
 
 from hf_bnn import binarize_, calibrate_, install_method, pack_, unpack_
-from hf_bnn.attention import BinaryMatmul
-from hf_bnn.convert import drop_method, empty_packed_, replace_modules, to_binary_
-from hf_bnn.layers import BinaryLinear, binary_layers
-from hf_bnn.levels import ElasticLevels, UnsignedLevels
+from hf_bnn.convert import empty_packed_, replace_modules, to_binary_
+from hf_bnn.install import drop_method
 from hf_bnn.methods import Method, Part, Site, Surge
+from hf_bnn.nn.attention import BinaryMatmul
+from hf_bnn.nn.layers import BinaryLinear, binary_layers
+from hf_bnn.nn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.selection import choose_layers, matches
 
 

@@ -10,9 +10,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_bnn import BinaryConfig, binarize_, calibrate_, check_inputs, pack_
 from hf_bnn.diagnostics import InputReport
-from hf_bnn.layers import binary_layers
-from hf_bnn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.methods import Method
+from hf_bnn.nn.layers import binary_layers
+from hf_bnn.nn.levels import ElasticLevels, UnsignedLevels
 
 
 def only(model: nn.Module, batch: Tensor) -> InputReport:

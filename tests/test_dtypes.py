@@ -35,8 +35,8 @@ from hf_bnn import (
     pack_,
     unpack_,
 )
-from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
-from hf_bnn.packed import PACKED, is_packed
+from hf_bnn.nn.embeddings import BinaryEmbedding, Int8Embedding
+from hf_bnn.nn.packed import PACKED, is_packed
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 ONE = {"num_hidden_layers": 1}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaModel, PreTrainedModel, WavLMConfig, WavLMModel
 
 from hf_bnn import BinaryConfig, binarize_, check_inputs, optimize_, pack_, unpack_
-from hf_bnn.direct_reads import DIRECT_READS, reads_weight
 from hf_bnn.execution import bypassed_layers, check_layers_run
-from hf_bnn.layers import BinaryConv2d, BinaryLinear, binary_layers
+from hf_bnn.nn.direct_reads import DIRECT_READS, reads_weight
+from hf_bnn.nn.layers import BinaryConv2d, BinaryLinear, binary_layers
 
 STATES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "latent": lambda model: model,

@@ -17,10 +17,10 @@ from hf_bnn import (
     install_method,
     pack_,
 )
-from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
-from hf_bnn.finite import check_finite, tensors_to_check
-from hf_bnn.levels import ElasticLevels
-from hf_bnn.packed import PACKED, is_packed
+from hf_bnn.nn.embeddings import BinaryEmbedding, Int8Embedding
+from hf_bnn.nn.finite import check_finite, tensors_to_check
+from hf_bnn.nn.levels import ElasticLevels
+from hf_bnn.nn.packed import PACKED, is_packed
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "bert": tiny_model,

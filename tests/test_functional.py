@@ -17,8 +17,8 @@ from hf_bnn.functional import (
     unpack_bits,
     weight_scale,
 )
-from hf_bnn.layers import BinaryLinear
-from hf_bnn.packed import PackedLinear
+from hf_bnn.nn.layers import BinaryLinear
+from hf_bnn.nn.packed import PackedLinear
 
 SIZES = [1, 7, 8, 9, 65]
 EDGES = [0.0, -0.0, float("nan"), 1e-45, -1e-45, float("inf"), -float("inf"), 3.0, -3.0]

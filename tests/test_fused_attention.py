@@ -9,9 +9,9 @@ from tiny import Net, optimizer_of, tiny_batch, tiny_images, tiny_model, tiny_vi
 from torch import Tensor, nn
 
 from hf_bnn import install_method, kernels, pack_
-from hf_bnn.attention import BinaryAttention, BooleanAttention
 from hf_bnn.fused import attention as fused
 from hf_bnn.fused.attention import FUSED, fuse_attention
+from hf_bnn.nn.attention import BinaryAttention, BooleanAttention
 from hf_bnn.training import partial_evaluation
 
 every_kind = pytest.mark.parametrize("kind", FUSED, ids=["binary", "boolean"])
@@ -117,7 +117,7 @@ def test_fused_attention_is_one_node_of_compiled_and_exported_graphs(kind: type)
 
     compiled = torch.compile(one, fullgraph=True, backend=backend)
     assert torch.equal(compiled(*heads, mask, 0.35)[0], expected)
-    assert [str(node.target) for node in graphs[0].graph.nodes].count("hf_bnn.attention") == 1
+    assert [str(node.target) for node in graphs[0].graph.nodes].count("hf_bnn.nn.attention") == 1
     torch._dynamo.reset()
     compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*heads, mask, 0.35)[0], expected)

@@ -1,4 +1,4 @@
-"""A seeded sample of the cases of scripts/fuzz_loading.py, and that the script can find a fault."""
+"""A seeded sample of the cases of scripts/benchmarks/fuzz_loading.py, and that the script can find a fault."""
 
 import json
 import os

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_bnn.glue import GLUE_METRICS, GlueMetric
+from hf_bnn.tasks.glue_metric import GLUE_METRICS, GlueMetric
 
 PREDICTIONS, REFERENCES = [1, 0, 1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 1, 1, 0, 1]
 NUMBERS, TARGETS = [0.5, 2.0, 1.5, 4.0, 3.0], [0.0, 1.0, 2.0, 5.0, 4.5]

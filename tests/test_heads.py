@@ -38,10 +38,10 @@ from hf_bnn import (
     summary,
     unpack_,
 )
-from hf_bnn.checked_trainer import CheckedTrainer
-from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
 from hf_bnn.integrity import CorruptCheckpointError
-from hf_bnn.layers import BinaryLinear, binary_layers
+from hf_bnn.nn.embeddings import BinaryEmbedding, Int8Embedding
+from hf_bnn.nn.layers import BinaryLinear, binary_layers
+from hf_bnn.training.checked_trainer import CheckedTrainer
 
 WEIGHTS = "model.safetensors"
 HEADS = {

@@ -1,4 +1,4 @@
-"""scripts/image_transforms.py and scripts/image_data.py: pixels, augmentation, batches."""
+"""hf_bnn/tasks/images: transforms and data: pixels, augmentation, batches."""
 
 import io
 import sys
@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from image_data import AugmentedPictures, Collator, Pictures, SoftCrossEntropy, StreamedPictures, picture
-from image_transforms import (
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import BitImageProcessorPil, ConvNextImageProcessorPil, DeiTImageProcessorPil, ViTImageProcessorPil
+
+from hf_bnn.tasks.images.data import AugmentedPictures, Collator, Pictures, SoftCrossEntropy, StreamedPictures, picture
+from hf_bnn.tasks.images.transforms import (
     CROP,
     Augmentation,
     Preprocessing,
@@ -23,9 +27,6 @@ from image_transforms import (
     torchvision_transform,
     uniforms,
 )
-from PIL import Image
-from torch.utils.data import DataLoader
-from transformers import BitImageProcessorPil, ConvNextImageProcessorPil, DeiTImageProcessorPil, ViTImageProcessorPil
 
 SMALL = {"height": 8, "width": 8}
 

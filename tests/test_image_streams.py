@@ -10,18 +10,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import image_data
 import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset
-from image_data import Collator, StreamedItem, StreamedPictures
-from image_models import make_processor
-from image_transforms import Augmentation, Preprocessing
 from PIL import Image
-from stream_trainer import rows_per_turn
 from torch.utils.data import DataLoader
+
+from hf_bnn.tasks.images import data as image_data
+from hf_bnn.tasks.images.data import Collator, StreamedItem, StreamedPictures
+from hf_bnn.tasks.images.models import make_processor
+from hf_bnn.tasks.images.streams import rows_per_turn
+from hf_bnn.tasks.images.transforms import Augmentation, Preprocessing
 
 ROWS, BATCH = 23, 2  # a prime: no number of ranks or workers divides it
 SIZE = 2

@@ -17,32 +17,20 @@ from hf_bnn import pack_
 
 PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
-    {"observers"},
-    {"functional", "integrity", "allocator", "activations", "state_forms"},
-    {"levels", "products", "methods", "embeddings", "kernels"},
-    {"layers", "scalar_levels"},
-    {"packed", "attention", "direct_reads", "finite"},
-    {"fused", "fast_path", "selection"},
+    {"observers", "integrity"},
+    {"functional"},
+    {"methods", "kernels"},
+    {"nn"},
+    {"fused", "install", "selection"},
     {"adapters", "convert", "execution", "summary"},
-    {"training", "diagnostics", "distillation", "glue", "model_card", "checkpoints"},
-    {"models", "run_record", "precision", "batch_norm", "argument_checks", "jit_checkpoint", "uploads"}
-    | {"preparation", "teacher", "trials"},
-    {"resumable_trainer"},
-    {"checked_trainer"},
-    {"quantizer", "taught_trainer"},
-    {"training_arguments"},
-    {"trainer"},
+    {"diagnostics", "model_card"},
+    {"models"},
+    {"training"},
     {"__init__"},
+    {"tasks"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-MAY_IMPORT_TRANSFORMERS = {"models", "quantizer", "checked_trainer", "trainer"} | {
-    "jit_checkpoint",
-    "resumable_trainer",
-    "run_record",
-    "training_arguments",
-    "trials",
-    "uploads",
-}
+MAY_IMPORT_TRANSFORMERS = {"models", "training", "tasks"}
 
 
 class Import(NamedTuple):
@@ -110,11 +98,11 @@ def test_imports_point_to_lower_floors_only():
 
 def test_the_check_of_floors_can_fail(tmp_path: Path):
     (tmp_path / "methods").mkdir()
-    (tmp_path / "levels.py").write_text("from .layers import BinaryLinear\n")
-    (tmp_path / "functional.py").write_text("from . import levels\n")
-    (tmp_path / "methods" / "surge.py").write_text("from ..layers import BinaryLinear\nfrom .base import Part\n")
-    (tmp_path / "convert.py").write_text("from .layers import BinaryLinear\n")
-    assert upward(tmp_path) == ["functional imports levels", "levels imports layers", "methods imports layers"]
+    (tmp_path / "summary.py").write_text("from .convert import pack_\n")
+    (tmp_path / "functional.py").write_text("from . import nn\n")
+    (tmp_path / "methods" / "surge.py").write_text("from ..nn.layers import BinaryLinear\nfrom .base import Part\n")
+    (tmp_path / "convert.py").write_text("from .nn.layers import BinaryLinear\n")
+    assert upward(tmp_path) == ["functional imports nn", "methods imports nn", "summary imports convert"]
 
 
 def test_only_the_upper_floors_import_transformers():
@@ -126,15 +114,15 @@ def test_no_module_imports_its_own_package_by_its_full_name():
 
 
 def test_methods_are_imported_by_nothing_that_inference_needs():
-    assert importers_of(PACKAGE, "methods", outside=False, at_start=True) <= {"trainer", "training_arguments"}
+    assert importers_of(PACKAGE, "methods", outside=False, at_start=True) <= {"training", "tasks"}
 
 
 def test_the_check_of_what_runs_at_import_can_fail(tmp_path: Path):
     text = "if TYPE_CHECKING:\n    from .methods import A\ndef f():\n    from .methods import B\n"
     (tmp_path / "convert.py").write_text(text)
-    (tmp_path / "layers.py").write_text("from .methods import A\n")
-    assert importers_of(tmp_path, "methods", outside=False, at_start=True) == {"layers"}
-    assert importers_of(tmp_path, "methods", outside=False) == {"convert", "layers"}
+    (tmp_path / "install.py").write_text("from .methods import A\n")
+    assert importers_of(tmp_path, "methods", outside=False, at_start=True) == {"install"}
+    assert importers_of(tmp_path, "methods", outside=False) == {"convert", "install"}
 
 
 CORE_ONLY = """

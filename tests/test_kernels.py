@@ -13,10 +13,10 @@ from torch import Tensor
 from hf_bnn import kernels
 from hf_bnn.functional import pack_bits
 from hf_bnn.kernels import Conv2dWeight, LinearWeight, library, reference, weights
-from hf_bnn.layers import rescale
-from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
-from hf_bnn.packed import PackedConv2d
-from hf_bnn.products import Conv2dProduct, LinearProduct
+from hf_bnn.nn.layers import rescale
+from hf_bnn.nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.nn.packed import PackedConv2d
+from hf_bnn.nn.products import Conv2dProduct, LinearProduct
 
 every_seed = pytest.mark.parametrize("seed", range(40))
 SIZES = (0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 300)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_bnn import kernels
-from hf_bnn.attention import BinaryAttention, BooleanAttention
 from hf_bnn.fused.attention import fuse_attention
 from hf_bnn.kernels import library, reference
+from hf_bnn.nn.attention import BinaryAttention, BooleanAttention
 
 KINDS = {True: BinaryAttention, False: BooleanAttention}
 REFERENCE = reference.attention

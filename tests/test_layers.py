@@ -7,17 +7,17 @@ from tiny import EVERY_METHOD, method_id, tiny_model
 from torch import Tensor, nn
 
 from hf_bnn import binarize_, install_method
-from hf_bnn.attention import BinaryAttention, BinaryMatmul, BooleanAttention
-from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding, RoundedEmbedding
-from hf_bnn.layers import (
+from hf_bnn.methods import Method
+from hf_bnn.nn.attention import BinaryAttention, BinaryMatmul, BooleanAttention
+from hf_bnn.nn.embeddings import BinaryEmbedding, Int8Embedding, RoundedEmbedding
+from hf_bnn.nn.layers import (
     BINARIZE,
     BinaryLayer,
     BinaryLinear,
     binary_layers,
     rescale,
 )
-from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
-from hf_bnn.methods import Method
+from hf_bnn.nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 
 LEVELS = {
     "signed": SignedLevels,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hf_bnn.functional import clipped_sign, sign, sign_int8
-from hf_bnn.levels import SMALLEST_SCALE, BooleanLevels, ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.nn.levels import SMALLEST_SCALE, BooleanLevels, ElasticLevels, SignedLevels, UnsignedLevels
 
 
 def elastic(signed: bool, width: float = 0.7, offset: float = 0.1) -> ElasticLevels:

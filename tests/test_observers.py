@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bnn import binarize_, optimize_, pack_
-from hf_bnn.levels import ElasticLevels
+from hf_bnn.nn.levels import ElasticLevels
 from hf_bnn.observers import looked_on, transformed
 
 

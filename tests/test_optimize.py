@@ -49,10 +49,10 @@ from hf_bnn.fused import convolutions, layers
 from hf_bnn.fused.base import Fused, Planned
 from hf_bnn.fused.feed_forward import hidden_interval
 from hf_bnn.fused.layers import JointLinear, KernelConv2d, KernelLinear
-from hf_bnn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.models import fused as models_fused
 from hf_bnn.models.vit import BinaryViTConfig
-from hf_bnn.packed import PackedConv2d, PackedLinear
+from hf_bnn.nn.levels import ElasticLevels, UnsignedLevels
+from hf_bnn.nn.packed import PackedConv2d, PackedLinear
 
 
 def packed(model: nn.Module) -> nn.Module:

@@ -11,11 +11,11 @@ from tiny import Net, optimizer_of, tiny_batch, tiny_model, train_steps
 from torch import nn
 
 from hf_bnn import binarize_, kernels, pack_, unpack_
-from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
 from hf_bnn.functional import unpack_bits, weight_scale
-from hf_bnn.layers import BinaryConv2d, BinaryLinear
-from hf_bnn.levels import ElasticLevels
-from hf_bnn.packed import PACKED, PackedBinaryEmbedding, PackedConv2d, PackedInt8Embedding, PackedLinear, is_packed
+from hf_bnn.nn.embeddings import BinaryEmbedding, Int8Embedding
+from hf_bnn.nn.layers import BinaryConv2d, BinaryLinear
+from hf_bnn.nn.levels import ElasticLevels
+from hf_bnn.nn.packed import PACKED, PackedBinaryEmbedding, PackedConv2d, PackedInt8Embedding, PackedLinear, is_packed
 
 every_levels = pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
 SHAPES = [(12,), (5, 12), (3, 5, 12), (2, 3, 5, 12), (0, 12), (3, 0, 12)]

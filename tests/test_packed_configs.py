@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from hf_bnn import BinaryBertForMaskedLM, BinaryConfig, BinaryResNetConfig, optimize_, pack_, unpack_
-from hf_bnn.layers import BinaryLinear
-from hf_bnn.packed import is_packed
+from hf_bnn.nn.layers import BinaryLinear
+from hf_bnn.nn.packed import is_packed
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_vit, tiny_resnet])

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import BertForSequenceClassification, TrainerCallback
 
 from hf_bnn import BinaryBertForSequenceClassification, BinaryConfig, binarize_, pack_
-from hf_bnn.layers import HALF, BinaryLinear
-from hf_bnn.precision import upcast_
+from hf_bnn.nn.layers import HALF, BinaryLinear
+from hf_bnn.training.precision import upcast_
 
 
 class Start(TrainerCallback):

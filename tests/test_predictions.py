@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from classification_metrics import ClassificationMetrics, predicted, probabilities, save_evaluation
-from labels import Labels
-from predictions import predict_in_order, write_predictions
 from sklearn.metrics import classification_report, f1_score
+
+from hf_bnn.tasks.classification_metrics import ClassificationMetrics, predicted, probabilities, save_evaluation
+from hf_bnn.tasks.labels import Labels
+from hf_bnn.tasks.predictions import predict_in_order, write_predictions
 
 THREE = Labels(["a", "b", "c"], {"a": 0, "b": 1, "c": 2})
 SEVERAL = Labels(["a", "b", "c"], {"a": 0, "b": 1, "c": 2}, multi_label=True)

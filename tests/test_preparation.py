@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from hf_bnn import BinaryConfig, BinaryTrainer, binarize_
-from hf_bnn.convert import calibrate_, has_fresh_levels
-from hf_bnn.layers import binary_layers
-from hf_bnn.levels import ElasticLevels
-from hf_bnn.preparation import PutBack, first_batch, reads_once
+from hf_bnn.install import calibrate_, has_fresh_levels
+from hf_bnn.nn.layers import binary_layers
+from hf_bnn.nn.levels import ElasticLevels
+from hf_bnn.training.preparation import PutBack, first_batch, reads_once
 
 
 def examples(count: int = 16, label: int | None = None) -> list[dict]:
@@ -229,7 +229,7 @@ def test_a_resumed_run_is_numbered_by_execution_and_keeps_its_levels(tmp_path):
 
 def test_levels_that_no_data_can_fit_are_said(tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_bnn.trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_bnn.training.trainer.logger.warning", warnings.append)
 
     class OwnLoader(BinaryTrainer):
         def get_train_dataloader(self) -> DataLoader:
@@ -319,7 +319,7 @@ def test_workers_share_the_rows_that_are_put_back(monkeypatch):
 
     shares = []
     for Worker.id in (0, 1):
-        monkeypatch.setattr("hf_bnn.preparation.get_worker_info", Worker)
+        monkeypatch.setattr("hf_bnn.training.preparation.get_worker_info", Worker)
         shares.append(list(PutBack(Stream(iter([])), [1, 2, 3])))
     assert shares == [[1, 3], [2]]
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_bnn.products import Conv2dProduct, LinearProduct
+from hf_bnn.nn.products import Conv2dProduct, LinearProduct
 
 # Nothing is square, and no two numbers of a geometry are alike.
 GEOMETRIES = {

@@ -51,9 +51,9 @@ from transformers.trainer_utils import set_seed
 
 from hf_bnn import BinaryConfig, BinaryTrainer, Surge, calibrate_, install_method, pack_, unpack_
 from hf_bnn.integrity import CorruptCheckpointError
-from hf_bnn.layers import binary_layers
-from hf_bnn.levels import ElasticLevels, SignedLevels
-from hf_bnn.packed import is_packed
+from hf_bnn.nn.layers import binary_layers
+from hf_bnn.nn.levels import ElasticLevels, SignedLevels
+from hf_bnn.nn.packed import is_packed
 from hf_bnn.training import parameter_roles
 
 WEIGHTS = "model.safetensors"

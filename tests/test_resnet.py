@@ -34,11 +34,11 @@ from hf_bnn import (
     pack_,
     summary,
 )
-from hf_bnn.activations import RPReLU
-from hf_bnn.checked_trainer import CheckedTrainer
-from hf_bnn.layers import BinaryConv2d, binary_layers
-from hf_bnn.levels import ElasticLevels, SignedLevels, ThresholdLevels
 from hf_bnn.models.resnet import BiRealBasicLayer, BiRealBottleNeckLayer, PadShortCut, resized
+from hf_bnn.nn.activations import RPReLU
+from hf_bnn.nn.layers import BinaryConv2d, binary_layers
+from hf_bnn.nn.levels import ElasticLevels, SignedLevels, ThresholdLevels
+from hf_bnn.training.checked_trainer import CheckedTrainer
 
 SIZES = {
     "basic": {"layer_type": "basic", "hidden_sizes": [8, 16], "depths": [2, 1]},

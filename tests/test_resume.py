@@ -16,9 +16,15 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_bnn import BinaryConfig, IRNet, Stompp, Surge, binarize_, pack_
-from hf_bnn.checkpoints import RUN_RECORD, last_complete_checkpoint, read_record, verify_checkpoint, write_record
 from hf_bnn.integrity import MANIFEST, CorruptCheckpointError, is_complete, verify_manifest, write_manifest
-from hf_bnn.run_record import differences, model_record
+from hf_bnn.training.checkpoints import (
+    RUN_RECORD,
+    last_complete_checkpoint,
+    read_record,
+    verify_checkpoint,
+    write_record,
+)
+from hf_bnn.training.run_record import differences, model_record
 
 SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
 

@@ -10,13 +10,13 @@ from tiny import tiny_float_bert, tiny_model
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
-from hf_bnn.distillation import HEADS, NEXT_TOKENS, TARGET_TOKENS, Distillation
-from hf_bnn.jit_checkpoint import StepEndCheckpointCallback
-from hf_bnn.resumable_trainer import _set_rates
-from hf_bnn.run_record import NO_STRUCTURE, SETTINGS, differences, model_record, run_record
-from hf_bnn.scalar_levels import has_scalar_levels
-from hf_bnn.teacher import check_teacher
-from hf_bnn.uploads import public
+from hf_bnn.nn.scalar_levels import has_scalar_levels
+from hf_bnn.training.distillation import HEADS, NEXT_TOKENS, TARGET_TOKENS, Distillation
+from hf_bnn.training.jit_checkpoint import StepEndCheckpointCallback
+from hf_bnn.training.resumable_trainer import _set_rates
+from hf_bnn.training.run_record import NO_STRUCTURE, SETTINGS, differences, model_record, run_record
+from hf_bnn.training.teacher import check_teacher
+from hf_bnn.training.uploads import public
 
 # Learning rates in the midst of a schedule
 

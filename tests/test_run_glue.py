@@ -12,19 +12,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import commandline
 import pytest
-import text_data
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets.utils.logging import get_verbosity, set_verbosity
 from fake_hub import FakeHub
-from text_arguments import TASK_COLUMNS
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertTokenizer
 from transformers.utils import logging as transformers_logging
 
 import hf_bnn
-from hf_bnn.packed import is_packed
+from hf_bnn.nn.packed import is_packed
+from hf_bnn.tasks import commandline as commandline
+from hf_bnn.tasks.text import data as text_data
+from hf_bnn.tasks.text.arguments import TASK_COLUMNS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_glue.py"
 GOOD, BAD = ("good", "great", "fine"), ("bad", "poor", "dull")
@@ -650,7 +650,7 @@ def test_a_model_goes_from_the_hub_to_the_hub(base: Path, tmp_path: Path):
             "load = transformers.AutoModelForSequenceClassification.from_pretrained\n"
             "ids = torch.arange(40).view(4, 10) % 15\n"
             "here, there = (load(name).eval()(input_ids=ids).logits for name in sys.argv[1:])\n"
-            "assert hf_bnn.packed.is_packed(load(sys.argv[2])) and torch.equal(here, there)\n"
+            "assert hf_bnn.nn.packed.is_packed(load(sys.argv[2])) and torch.equal(here, there)\n"
         )
         command = [sys.executable, "-c", code, str(tmp_path / "out"), "tester/tiny-bnn"]
         result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)

@@ -20,11 +20,6 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets.utils.logging import get_verbosity, set_verbosity
 from fake_hub import FakeHub
-from image_arguments import ModelArguments, parse_overrides
-from image_data import Collator
-from image_inputs import SMALL_CONFIGS, check_small_images
-from image_models import load_model, stored_config
-from labels import Labels
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -38,8 +33,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from hf_bnn import BinaryViTForImageClassification, pack_
-from hf_bnn.layers import binary_layers
-from hf_bnn.packed import is_packed
+from hf_bnn.nn.layers import binary_layers
+from hf_bnn.nn.packed import is_packed
+from hf_bnn.tasks.images.arguments import ModelArguments, parse_overrides
+from hf_bnn.tasks.images.data import Collator
+from hf_bnn.tasks.images.inputs import SMALL_CONFIGS, check_small_images
+from hf_bnn.tasks.images.models import load_model, stored_config
+from hf_bnn.tasks.labels import Labels
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SCRIPT = SCRIPTS / "run_image_classification.py"

@@ -14,8 +14,8 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 
 from hf_bnn import pack_
 from hf_bnn.integrity import file_digest, write_manifest
-from hf_bnn.levels import BooleanLevels, ElasticLevels
-from hf_bnn.scalar_levels import take_scalar_states
+from hf_bnn.nn.levels import BooleanLevels, ElasticLevels
+from hf_bnn.nn.scalar_levels import take_scalar_states
 
 
 def with_scalars(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import commandline
 import pytest
 from datasets import disable_progress_bars, enable_progress_bars
 from datasets.utils.logging import get_verbosity, set_verbosity
 from test_run_glue import rows, save_bert, write
 from test_run_image_classification import save_vit, table, write_folder, write_parquet
-from training_checks import OutputArguments, check_output_dir
 from transformers.utils import logging as transformers_logging
 
 from hf_bnn import BinaryViTForImageClassification, pack_
+from hf_bnn.tasks import commandline as commandline
+from hf_bnn.tasks.argument_checks import OutputArguments, check_output_dir
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--log_level", "error"]

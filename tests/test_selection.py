@@ -27,7 +27,7 @@ from hf_bnn import (
     binarize_,
     pack_,
 )
-from hf_bnn.layers import WeightedLayer
+from hf_bnn.nn.layers import WeightedLayer
 from hf_bnn.selection import choose_layers, default_exclude
 from hf_bnn.summary import composition
 

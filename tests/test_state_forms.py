@@ -9,7 +9,7 @@ from tiny import TinyConvNet, tiny_model, tiny_resnet, tiny_vit
 from torch import nn
 
 from hf_bnn import binarize_, optimize_, pack_, unpack_
-from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding
+from hf_bnn.nn.embeddings import BinaryEmbedding, Int8Embedding
 
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "bert": tiny_model,

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_bnn import binarize_, pack_
-from hf_bnn.convert import binary_fraction, number_by_execution_
-from hf_bnn.layers import binary_layers
+from hf_bnn.install import binary_fraction, number_by_execution_
 from hf_bnn.methods import STE, Place, Site, Step, Stompp
 from hf_bnn.methods.stompp import ORDERS, SCHEDULES, FreezingKeys, MaskedSign, mix
+from hf_bnn.nn.layers import binary_layers
 from hf_bnn.training import begin_step, end_backward, hook_optimizer, partial_evaluation
 
 TOTAL = 200
@@ -547,7 +547,7 @@ def test_a_model_that_is_half_soft_is_not_packed_without_commit():
 
 def test_a_run_that_stops_early_says_so_and_refuses_to_save_a_packed_model(tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr("hf_bnn.trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_bnn.training.trainer.logger.warning", warnings.append)
     one = trainer(tmp_path, method=Stompp(), max_steps=24)
     one.add_callback(StopAt(4))
     one.train()

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from hf_bnn import binarize_
-from hf_bnn.attention import BinaryMatmul
-from hf_bnn.layers import binary_layers
-from hf_bnn.levels import SignedLevels
 from hf_bnn.methods import Step, Stompp
 from hf_bnn.methods.stompp import MaskedSign, _generator
+from hf_bnn.nn.attention import BinaryMatmul
+from hf_bnn.nn.layers import binary_layers
+from hf_bnn.nn.levels import SignedLevels
 from hf_bnn.training import begin_step
 
 

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from hf_bnn import binarize_, install_method, pack_, unpack_
-from hf_bnn.convert import empty_packed_, number_by_execution_, to_binary_
-from hf_bnn.embeddings import BinaryEmbedding, Int8Embedding, RoundedEmbedding
-from hf_bnn.layers import BinaryConv2d, BinaryLinear, binary_layers
-from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.convert import empty_packed_, to_binary_
+from hf_bnn.install import number_by_execution_
 from hf_bnn.methods import Place, Site, Surge
-from hf_bnn.packed import PackedConv2d, PackedLinear
+from hf_bnn.nn.embeddings import BinaryEmbedding, Int8Embedding, RoundedEmbedding
+from hf_bnn.nn.layers import BinaryConv2d, BinaryLinear, binary_layers
+from hf_bnn.nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.nn.packed import PackedConv2d, PackedLinear
 from hf_bnn.selection import choose_layers
 
 LINEAR = ("in_features", "out_features")

@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from hf_bnn import binarize_, make_method, pack_
-from hf_bnn.embeddings import BinaryEmbedding
-from hf_bnn.levels import ElasticLevels
+from hf_bnn.nn.embeddings import BinaryEmbedding
+from hf_bnn.nn.levels import ElasticLevels
 from hf_bnn.summary import Summary, summary
 
 

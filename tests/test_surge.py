@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_bnn import binarize_, install_method
 from hf_bnn.functional import clipped_sign, identity_sign
-from hf_bnn.layers import BinaryLinear
-from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 from hf_bnn.methods import STE, ApproxSign, IRNet, Method, ReSTE, Step, Stompp, Surge
 from hf_bnn.methods.surge import AUX, AuxiliaryBranch
-from hf_bnn.products import Conv2dProduct, LinearProduct
+from hf_bnn.nn.layers import BinaryLinear
+from hf_bnn.nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.nn.products import Conv2dProduct, LinearProduct
 from hf_bnn.training import begin_step, parameter_roles, split_groups, statistics
 
 ETA = 0.3

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_bnn.distillation import Outputs, hidden_loss
-from hf_bnn.teacher import TeacherCache
+from hf_bnn.training.distillation import Outputs, hidden_loss
+from hf_bnn.training.teacher import TeacherCache
 
 
 class Teacher:

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import text_data
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import List as ListOf
-from labels import Labels
-from text_arguments import Arguments, parse
-from text_data import load_data, tokenized, with_targets
-from text_files import read_table
 from transformers import BertConfig, BertTokenizer
 
 from hf_bnn.models.bert import BinaryBertConfig
+from hf_bnn.tasks.labels import Labels
+from hf_bnn.tasks.text import data as text_data
+from hf_bnn.tasks.text.arguments import Arguments, parse
+from hf_bnn.tasks.text.data import load_data, tokenized, with_targets
+from hf_bnn.tasks.text.files import read_table
 
 WORDS = ["good film", "dull film", "fine plot", "bad plot"]
 ENDINGS = ["csv", "csv.gz", "json", "jsonl", "parquet"]

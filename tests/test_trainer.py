@@ -13,11 +13,11 @@ from tiny import EVERY_METHOD, method_id, tiny_batch, tiny_float_bert, tiny_mode
 from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainingArguments, set_seed
 
 from hf_bnn import BinaryTrainer, BinaryTrainingArguments, Fsg, IRNet, Surge, pack_
-from hf_bnn.checked_trainer import NonFiniteTrainingError
-from hf_bnn.convert import calibrate_
-from hf_bnn.layers import binary_layers
-from hf_bnn.packed import PackedLinear
+from hf_bnn.install import calibrate_
+from hf_bnn.nn.layers import binary_layers
+from hf_bnn.nn.packed import PackedLinear
 from hf_bnn.training import method_state
+from hf_bnn.training.checked_trainer import NonFiniteTrainingError
 
 
 def rows(count: int = 16) -> Dataset:
@@ -321,7 +321,7 @@ def test_resuming_with_other_settings_of_a_method_says_so(tmp_path, monkeypatch)
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     trainer(tmp_path, method=Surge(), **settings).train()
     warnings = []
-    monkeypatch.setattr("hf_bnn.resumable_trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_bnn.training.resumable_trainer.logger.warning", warnings.append)
     again = trainer(tmp_path, method=Surge(eta=0.3), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [text.partition(". ")[2] for text in warnings] == ["method_args eta was 0.1 and is 0.3"]

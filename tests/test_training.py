@@ -9,8 +9,8 @@ from tiny import make_net, tiny_model
 from torch import Tensor, nn
 
 from hf_bnn import binarize_, install_method
-from hf_bnn.levels import ElasticLevels
 from hf_bnn.methods import Method, Part, Site, Step, Surge
+from hf_bnn.nn.levels import ElasticLevels
 from hf_bnn.training import (
     begin_step,
     end_backward,

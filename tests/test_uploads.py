@@ -15,7 +15,7 @@ from transformers import BertTokenizer, RobertaConfig, RobertaForSequenceClassif
 
 from hf_bnn import BinaryBertForSequenceClassification, BinaryConfig, pack_
 from hf_bnn.model_card import TO_DO, without_paths
-from hf_bnn.uploads import public
+from hf_bnn.training.uploads import public
 
 TOKEN = "hf_secretSecretSecret"
 

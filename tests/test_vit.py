@@ -40,11 +40,11 @@ from hf_bnn import (
     summary,
     unpack_,
 )
-from hf_bnn.attention import BinaryMatmul
-from hf_bnn.checked_trainer import CheckedTrainer
 from hf_bnn.integrity import CorruptCheckpointError
-from hf_bnn.layers import BinaryLinear, binary_layers
-from hf_bnn.levels import ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.nn.attention import BinaryMatmul
+from hf_bnn.nn.layers import BinaryLinear, binary_layers
+from hf_bnn.nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
+from hf_bnn.training.checked_trainer import CheckedTrainer
 
 WEIGHTS = "model.safetensors"
 HEADS = {

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from hf_bnn import binarize_, pack_
 from hf_bnn.functional import WEIGHT_SCALINGS, learning_scale, silence, weight_scale
-from hf_bnn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.methods import METHODS, STE, Fsg, Method, Step
+from hf_bnn.nn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.training import begin_step, end_backward, hook_optimizer
 
 every_method = pytest.mark.parametrize("method", EVERY_METHOD, ids=method_id)
@@ -137,6 +137,6 @@ def test_a_layer_without_zeros_trains_as_if_zeros_were_not_thought_of(monkeypatc
         net, x = net_of("linear", STE(), "channel", slice(0))
         step(net, STE(), x, 3)
         found.append([p.detach().clone() for p in net.parameters()])
-        monkeypatch.setattr("hf_bnn.layers.silence", lambda signs, scale: signs)
-        monkeypatch.setattr("hf_bnn.layers.learning_scale", lambda scale, inputs: scale)
+        monkeypatch.setattr("hf_bnn.nn.layers.silence", lambda signs, scale: signs)
+        monkeypatch.setattr("hf_bnn.nn.layers.learning_scale", lambda scale, inputs: scale)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -17,10 +17,10 @@ from hf_bnn import (
     binarize_,
     install_method,
 )
-from hf_bnn.attention import BinaryAttention
 from hf_bnn.convert import replace_modules
-from hf_bnn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.methods import METHODS, Fsg, IRNet, Method, Step, Stompp, Surge
+from hf_bnn.nn.attention import BinaryAttention
+from hf_bnn.nn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.training import begin_step, end_backward, hook_optimizer
 
 SIZE = {

@@ -14,8 +14,8 @@ from tiny import EVERY_METHOD, method_id, tiny_images, tiny_model, tiny_resnet
 from transformers import set_seed
 
 from hf_bnn import BinaryTrainer, BinaryTrainingArguments
-from hf_bnn.batch_norm import OVER_RANKS
 from hf_bnn.integrity import CorruptCheckpointError, verify_manifest
+from hf_bnn.training.batch_norm import OVER_RANKS
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..attention import BinaryAttention, BooleanAttention
-from ..packed import PackedConv2d, PackedLinear, is_packed
+from ..nn.attention import BinaryAttention, BooleanAttention
+from ..nn.packed import PackedConv2d, PackedLinear, is_packed
 from .attention import fuse_attention
 from .base import Fused
 from .layers import KernelConv2d, KernelLinear

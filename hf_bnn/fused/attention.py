@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..attention import BinaryAttention, BooleanAttention, additive_mask
 from ..kernels.sources import Place, lent_tensors_of
+from ..nn.attention import BinaryAttention, BooleanAttention, additive_mask
 from .base import Fused
 
 

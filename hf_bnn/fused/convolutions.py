@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..activations import RPReLU
 from ..kernels import Conv2dBlock, Epilogue, backend, max_pool, normalization
 from ..kernels.conv2d_block import GROUPS, Level, rounds_once
 from ..kernels.lending import OWN
 from ..kernels.operands import runs_directly
 from ..kernels.sources import Place, lent_tensors_of, tensors_of
-from ..packed import PackedConv2d
+from ..nn.activations import RPReLU
+from ..nn.packed import PackedConv2d
 from .base import Fused
 
 

@@ -12,8 +12,8 @@ from .. import kernels
 from ..kernels.operands import runs_directly
 from ..kernels.sources import Place, lent_tensors_of
 from ..kernels.weights import PANEL, Conv2dWeight, LinearWeight, conv2d_signs, linear_signs, takes_panels
-from ..layers import one_image
-from ..packed import PackedConv2d, PackedLinear
+from ..nn.layers import one_image
+from ..nn.packed import PackedConv2d, PackedLinear
 from .base import Fused, Planned
 
 

@@ -3,7 +3,7 @@
 They run binary products, for inference: no gradient passes through them.
 
 Inputs are compared with a threshold, `x < threshold` = -1, else +1. Outputs are `sum * scale + offset` in float32, in
-the order of operations of hf_bnn.layers.rescale, then in the dtype of `x`. Compiled kernels and `reference` are equal
+the order of hf_bnn.nn.layers.rescale's operations, then in the dtype of `x`. Compiled kernels and `reference` are equal
 bit for bit, except for the order of summation of `linear_weight_only`.
 """
 

@@ -22,7 +22,7 @@ def signs(x: Tensor, threshold: float, thresholds: Tensor | None) -> Tensor:
 
 
 def rescaled(sums: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """sums * scale + offset, each operation rounded: the order of hf_bnn.layers.rescale."""
+    """sums * scale + offset, each operation rounded: the order of hf_bnn.nn.layers.rescale."""
     y = sums * scale
     return y if offset is None else y.add_(offset)
 

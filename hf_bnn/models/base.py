@@ -14,21 +14,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME, logging
 
-from ..activations import RPReLU
 from ..adapters import refuse_adapted
-from ..convert import empty_packed_, install_method, record_format, replace_modules, to_binary_
-from ..embeddings import BinaryEmbedding, Int8Embedding
-from ..finite import check_finite, tensors_to_check
+from ..convert import empty_packed_, record_format, replace_modules, to_binary_
 from ..functional import WEIGHT_SCALINGS
 from ..fused import optimize_
+from ..install import install_method, method_state_names
 from ..integrity import CorruptCheckpointError, file_digest
-from ..layers import BINARIZE, BinaryLayer, BinaryLinear
-from ..levels import ElasticLevels, LearnedLevels, SignedLevels
-from ..packed import PACKED, is_packed
-from ..scalar_levels import levels_as_saved
+from ..nn.activations import RPReLU
+from ..nn.embeddings import BinaryEmbedding, Int8Embedding
+from ..nn.finite import check_finite, tensors_to_check
+from ..nn.layers import BINARIZE, BinaryLayer, BinaryLinear
+from ..nn.levels import ElasticLevels, LearnedLevels, SignedLevels
+from ..nn.packed import PACKED, is_packed
+from ..nn.scalar_levels import levels_as_saved
 from ..selection import check_patterns, choose_layers, matches, pattern_list, unmatched
 from ..summary import composition
-from ..training import method_state_names
 from .checkpoint import AGAIN, CONFIG_DIGEST, check_padding, check_sizes, verify_structure, write_structure_digest
 from .loading import BUILDING_ERRORS, CheckedLoading, one_line, refuse_offloading
 from .plain_trainer import notice_plain_trainer

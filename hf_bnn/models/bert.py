@@ -16,8 +16,8 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertCrossAttention, BertEmbeddings, BertSelfAttention
 
-from ..embeddings import RoundedEmbedding
 from ..functional import straight_through
+from ..nn.embeddings import RoundedEmbedding
 from ..selection import covered
 from .base import EMBEDDINGS, check_choice
 from .transformer import BinaryTransformerMixin, TransformerConfigFields

@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, Wei
 from transformers.utils import CONFIG_NAME
 
 from ..integrity import CorruptCheckpointError, verify_files
-from ..packed import PackedBinaryEmbedding, PackedConv2d, PackedLinear
+from ..nn.packed import PackedBinaryEmbedding, PackedConv2d, PackedLinear
 
 AGAIN = "fetch or save it again"
 CONFIG_DIGEST = "config_sha256"

@@ -14,8 +14,8 @@ from transformers.core_model_loading import WeightTransform
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..integrity import CorruptCheckpointError
-from ..levels import OFFLOADED_LEVELS, LearnedLevels
-from ..packed import PACKED
+from ..nn.levels import OFFLOADED_LEVELS, LearnedLevels
+from ..nn.packed import PACKED
 from ..selection import matches
 from .checkpoint import (
     AGAIN,

@@ -8,7 +8,7 @@ from functools import cache
 from torch import nn
 from transformers.utils import logging
 
-from ..layers import binary_layers
+from ..nn.layers import binary_layers
 
 logger = logging.get_logger(__name__)
 

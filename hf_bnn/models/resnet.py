@@ -14,9 +14,9 @@ from transformers.models.resnet.modeling_resnet import (
     ResNetShortCut,
 )
 
-from ..activations import RPReLU
 from ..convert import replace_modules
-from ..levels import SignedLevels, ThresholdLevels
+from ..nn.activations import RPReLU
+from ..nn.levels import SignedLevels, ThresholdLevels
 from ..observers import transformed
 from .base import BinaryConfigFields, BinaryModelMixin, check_choice
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..model_card import body, facts_of
-from ..packed import is_packed
+from ..nn.packed import is_packed
 from .checkpoint import read_config, record_of, structure_digest
 
 if TYPE_CHECKING:

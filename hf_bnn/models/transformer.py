@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from ..attention import BinaryAttention, BooleanAttention
-from ..levels import ElasticLevels, SignedLevels, UnsignedLevels
+from ..nn.attention import BinaryAttention, BooleanAttention
+from ..nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 from .base import BinaryConfigFields, BinaryModelMixin, check_choice
 
 ATTENTION = "hf_bnn"

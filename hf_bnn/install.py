@@ -1,0 +1,174 @@
+"""Installs a method in a model: its parts, the numbers of the layers, fitted levels, and the state of the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .nn.fast_path import leave_fast_path_
+from .nn.layers import BinaryLayer, binary_layers
+from .nn.levels import LearnedLevels
+
+if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
+    from .methods.base import Method, Part, Place, Site
+
+
+def install_method(model: nn.Module, method: Method | None = None) -> nn.Module:
+    """Give every binary layer the method's parts, in place. Whatever an earlier method left is dropped.
+
+    None stands for the straight-through estimator.
+    """
+    from .methods.base import Method
+
+    method = method or Method()
+    layers = binary_layers(model)
+    for layer, site in zip(layers, _sites(model, layers), strict=True):
+        layer.install(method, site)
+        for _, part in layer.parts():
+            part.train(layer.training)
+    return leave_fast_path_(model)
+
+
+@torch.no_grad()
+def number_by_execution_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
+    """Number the binary layers in the order in which `run()` executes them, in place, for methods that go by it.
+
+    Without it they count in the order of definition, which differs where a shortcut is defined before the main path.
+    Layers that read the same tensor (query, key, value) become a group. Layers that do not run come last.
+    """
+    inputs: dict[BinaryLayer, object] = {}  # kept alive, so that no two of them have the same identity
+
+    def note(layer: BinaryLayer, arguments: tuple) -> None:
+        inputs.setdefault(layer, arguments[0])
+
+    _run_watched(model, run, note)
+    layers = [*inputs, *(layer for layer in binary_layers(model) if layer not in inputs)]
+    groups = [id(inputs.get(layer, layer)) for layer in layers]
+    for layer, site in zip(layers, _sites(model, layers, groups), strict=True):
+        layer.place(site)
+    return model
+
+
+def _sites(model: nn.Module, layers: list[BinaryLayer], groups: list[int] | None = None) -> Iterator[Site]:
+    """Where each of the layers is, in the order given; layers of the same group have the same number in `groups`."""
+    from .methods.base import Site
+
+    blocks = _blocks(model)
+    group_places = _places(groups or list(range(len(layers))))
+    block_places = _places([blocks[layer] for layer in layers])
+    for index, layer in enumerate(layers):
+        weight = getattr(layer, "weight", None)
+        shape = None if weight is None else tuple(weight.shape)
+        yield Site(index, len(layers), shape, group=group_places[index], block=block_places[index])
+
+
+def _places(keys: list) -> list[Place]:
+    """Equal keys share a place; places count up in the order in which their keys come first."""
+    from .methods.base import Place
+
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [Place(numbers[key], len(numbers)) for key in keys]
+
+
+def _blocks(model: nn.Module) -> dict[BinaryLayer, str]:
+    """The name of each binary layer's block: the innermost element of a list of modules that holds several of them."""
+    names = {name: module for name, module in model.named_modules() if isinstance(module, BinaryLayer)}
+    elements = [
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        for child, _ in module.named_children()
+    ]
+    several = [e for e in elements if sum(name.startswith(f"{e}.") for name in names) > 1]
+    return {
+        layer: max((e for e in several if name.startswith(f"{e}.")), key=len, default=name)
+        for name, layer in names.items()
+    }
+
+
+def binary_fraction(model: nn.Module) -> float:
+    """How far the method has come in making the model binary in training, 0 to 1 (1: all methods but StoMPP)."""
+    binarizers = [part for layer in binary_layers(model) for slot, part in layer.parts() if slot != "around"]
+    return sum(part.binary_fraction() for part in binarizers) / len(binarizers) if binarizers else 1.0
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
+    """Fit the learned levels that are still fresh to the inputs that they see in `run()`, in place, first layers first.
+
+    Without it elastic levels start at width 1, whatever the size of the activations. Levels that were fitted or loaded
+    before stay as they are.
+
+    >>> from hf_bnn.nn.levels import ElasticLevels
+    >>> model = binarize_(nn.Sequential(nn.Linear(8, 8)), levels=lambda name: ElasticLevels())
+    >>> _ = calibrate_(model, lambda: model(torch.full((4, 8), 0.25)))
+    >>> model[0].input_levels.width.item()
+    0.25
+    """
+    _run_watched(model, run, lambda layer, inputs: layer.fit_levels(*inputs))
+    return model
+
+
+def _run_watched(model: nn.Module, run: Callable[[], object], watch: Callable[[BinaryLayer, tuple], None]) -> None:
+    """`run()` in evaluation mode, with `watch(layer, inputs)` called before each binary layer."""
+    modes = [(module, module.training) for module in model.modules()]  # parts may be frozen in evaluation
+    hooks = [layer.register_forward_pre_hook(watch) for layer in binary_layers(model)]
+    try:
+        model.eval()
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+
+
+def has_fresh_levels(model: nn.Module) -> bool:
+    """Whether any learned levels are as they were made: neither fitted, nor trained, nor loaded."""
+    return any(isinstance(module, LearnedLevels) and module.fresh for module in model.modules())
+
+
+def drop_method(model: nn.Module) -> None:
+    """Empty the slots of every binary layer that is left: it then only evaluates."""
+    for layer in binary_layers(model):
+        for slot in layer.slots:
+            setattr(layer, slot, None)
+
+
+def parts(model: nn.Module) -> Iterator[tuple[str, BinaryLayer, Part]]:
+    """(name, layer, part) of everything that the method has put into the model, in forward order."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, BinaryLayer):
+            for slot, part in layer.parts():
+                yield f"{name}.{slot}", layer, part
+
+
+def method_state_names(model: nn.Module) -> list[str]:
+    """The keys of `model.state_dict()` that belong to the method, not to the model."""
+    return [f"{name}.{key}" for name, _, part in parts(model) for key in part.state_dict()]
+
+
+def method_state(model: nn.Module) -> dict[str, Tensor]:
+    """The method's tensors, by their names in `model.state_dict()`."""
+    return {f"{name}.{key}": value for name, _, part in parts(model) for key, value in part.state_dict().items()}
+
+
+def load_method_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Inverse of `method_state`. Raises ValueError, naming the first key, if `state` is another method's."""
+    own = method_state(model)
+    wrong = sorted(own.keys() ^ state.keys())
+    if wrong:
+        where = "not in the file" if wrong[0] in own else "unknown to this run's method"
+        raise ValueError(f"the method's state does not fit: {wrong[0]!r} is {where}; resume with the same --method")
+    for key, value in own.items():  # all of them before any is copied, which would broadcast
+        if value.shape != state[key].shape:
+            raise ValueError(
+                f"the method's state does not fit: {key!r} has shape {tuple(state[key].shape)} in the file, "
+                f"{tuple(value.shape)} in this run; resume with the same --method_args"
+            )
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(state[key])

@@ -1,0 +1,161 @@
+"""Products of two activations on two levels each, and attention made of them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import exact_matmul, sign
+from ..kernels.reference import MASKED
+from .layers import BinaryLayer
+from .levels import BooleanLevels, ElasticLevels, SignedLevels
+
+if TYPE_CHECKING:
+    from ..methods.base import Method, Part, Site
+
+
+class BinaryMatmul(BinaryLayer):
+    """`(..., n, k) @ (..., k, m)` with both operands on two levels.
+
+    >>> import torch
+    >>> product = BinaryMatmul(SignedLevels(), SignedLevels()).eval()
+    >>> product(torch.ones(2, 3), -torch.ones(3, 1)).flatten()
+    tensor([-3., -3.])
+    """
+
+    slots = ("left_binarizer", "right_binarizer", "around")
+    product = None
+
+    def __init__(self, left_levels: SignedLevels, right_levels: SignedLevels):
+        super().__init__()
+        self.left_levels, self.right_levels = left_levels, right_levels
+
+    def make_parts(self, method: "Method", site: "Site") -> "tuple[Part | None, ...]":
+        left, right = method.input_binarizer(site, (1, 1)), method.input_binarizer(site, (1, 1))
+        return left, right, method.around(site, self)
+
+    def fit_levels(self, *inputs: Tensor) -> None:
+        self.left_levels.fit(inputs[0])
+        self.right_levels.fit(inputs[1])
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        if self.learns(left, right):
+            return self.around(self._learning_forward, left, right)
+        left_signs = sign(left.float() - self.left_levels.threshold())
+        right_signs = sign(right.float() - self.right_levels.threshold())
+        return self._rescale(left_signs, right_signs, exact_matmul(left_signs, right_signs)).to(left.dtype)
+
+    def _learning_forward(self, left: Tensor, right: Tensor) -> Tensor:
+        left_signs = self.left_binarizer(self.left_levels.normalize(left))
+        right_signs = self.right_binarizer(self.right_levels.normalize(right))
+        return self._rescale(left_signs, right_signs, left_signs @ right_signs)
+
+    def _rescale(self, left: Tensor, right: Tensor, product: Tensor) -> Tensor:
+        """sum (a s + c) (b t + d) = ab sum st + cb sum t + ad sum s + cd k."""
+        (a, c), (b, d) = self.left_levels.affine(), self.right_levels.affine()
+        y = product * (a * b)
+        if self.left_levels.shifted:
+            y = y + (c * b) * right.sum(-2, keepdim=True)
+        if self.right_levels.shifted:
+            y = y + (a * d) * left.sum(-1, keepdim=True)
+        if self.left_levels.shifted and self.right_levels.shifted:
+            y = y + c * d * left.shape[-1]
+        return y
+
+
+def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`mask` as numbers to add to scores: of a boolean one, in which True attends, 0 or the smallest of `dtype`.
+
+    Raises ValueError for integers, which may mean either.
+    """
+    if mask is None or mask.is_floating_point():
+        return mask
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"an attention mask of {mask.dtype} and shape {tuple(mask.shape)}: expected a boolean one, in which True "
+            "attends, or floats to add to the scores; convert it with mask.bool()"
+        )
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+class BinaryAttention(nn.Module):
+    """softmax(q k^T + mask) v with both products binary (BiT, arXiv 2205.13016, section 3.2).
+
+    A boolean mask is taken as torch takes it: True attends.
+
+    q, k, v `(batch, heads, tokens, head_dim)` are signed; the probabilities take {0, a}, so that a masked token, whose
+    probability is 0, still adds nothing. Returns `(batch, heads, tokens, head_dim)` and the float probabilities.
+
+    >>> import torch
+    >>> attention = BinaryAttention().eval().requires_grad_(False)
+    >>> attention(*torch.randn(3, 1, 2, 5, 8).unbind(), scaling=8**-0.5)[0].shape
+    torch.Size([1, 2, 5, 8])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = BinaryMatmul(ElasticLevels(), ElasticLevels())
+        self.context = BinaryMatmul(ElasticLevels(signed=False, width=0.1), ElasticLevels())
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        need_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Whoever sets `need_weights` to False must not count on the probabilities."""
+        scores = self.scores(query, key.transpose(-1, -2)) * scaling
+        if (mask := additive_mask(mask, scores.dtype)) is not None:
+            scores = scores + mask
+        probabilities = scores.softmax(-1)
+        kept = F.dropout(probabilities, dropout, self.training)
+        return self.context(kept, value), probabilities
+
+
+class BooleanAttention(BinaryAttention):
+    """bool(q k^T - b) v: no softmax, a query attends to a token or not (BiBERT, arXiv 2203.06390, section 3.3).
+
+    As BinaryAttention, with attention weights on {0, a} by the scaled score and a learned threshold b. BiBERT has a = 1
+    and b = 0; here a begins, once fitted, as one over the number of attended tokens, so that contexts are in the order
+    of size of a softmax's. A masked token, one with a mask below -1000, has weight 0 and gets no gradient. Returns the
+    weights in place of the probabilities.
+
+    >>> import torch
+    >>> attention = BooleanAttention().eval().requires_grad_(False)
+    >>> attention(*torch.randn(3, 1, 2, 5, 8).unbind(), scaling=8**-0.5)[1].unique()
+    tensor([0.0000, 0.1000])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context = BinaryMatmul(BooleanLevels(), ElasticLevels())
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        need_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        levels = self.context.left_levels
+        scores = self.scores(query, key.transpose(-1, -2)) * scaling
+        # Far enough below the threshold for any surrogate gradient, and no mask's -inf or 1e38, which methods would
+        # meet in their statistics. It moves with the threshold, so that neither learns from the other.
+        low = (levels.threshold() - 2).to(scores.dtype)
+        if (mask := additive_mask(mask, scores.dtype)) is not None:
+            scores = torch.where(mask < MASKED, low, scores + mask)
+        if dropout and self.training:
+            scores = torch.where(torch.rand_like(scores) < dropout, low, scores)
+        context = self.context(scores, value)
+        if not need_weights:
+            return context, None
+        scale, shift = levels.affine()
+        return context, torch.where(scores.float() < levels.threshold(), shift - scale, shift + scale).to(scores.dtype)

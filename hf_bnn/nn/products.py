@@ -1,0 +1,81 @@
+"""The linear operators that binary layers run: on floats, exactly on signs, and their adjoints, for methods to use."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..functional import exactly, integer_conv2d, integer_product
+
+
+class LinearProduct(NamedTuple):
+    """`(..., in)` and `(out, in)` to `(..., out)`, without a bias."""
+
+    def output_shape(self, x: Tensor, weight_shape: torch.Size) -> tuple[int, ...]:
+        return (*x.shape[:-1], weight_shape[0])
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def of_signs(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The exact product of int8 signs, as float32."""
+        return integer_product(x, weight)
+
+    def weight_sum(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The sum of the weights that each output for `x` sees, in a shape that broadcasts to the output's."""
+        return weight.sum(1, dtype=torch.float32)
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """One value per output channel, `(out,)`, in a shape that broadcasts to the output's."""
+        return values
+
+    def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad @ weight
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+class Conv2dProduct(NamedTuple):
+    """`(N, in, H, W)` and `(out, in / groups, kh, kw)` to `(N, out, H', W')`, zero padding, without a bias."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_shape(self, x: Tensor, weight_shape: torch.Size) -> tuple[int, ...]:
+        size = (
+            (x.shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (weight_shape[2 + i] - 1) - 1) // self.stride[i]
+            + 1
+            for i in range(2)
+        )
+        return (x.shape[0], weight_shape[0], *size)
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        # Rows in memory: the order of summation depends on the layout, and unpacked signs have their channels last.
+        return F.conv2d(x, weight.flatten().view(weight.shape), None, *self)
+
+    def of_signs(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The exact product of int8 signs, as float32."""
+        return integer_conv2d(x, weight, *self)
+
+    def weight_sum(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The sum of the weights that each output for `x` sees: fewer at the border. `(out, H', W')`, float32."""
+        with exactly(x.device):
+            return F.conv2d(x.new_ones((1, *x.shape[1:]), dtype=torch.float32), weight.float(), None, *self)[0]
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """One value per output channel, `(out,)`, in a shape that broadcasts to the output's."""
+        return values.view(-1, 1, 1)
+
+    def _adjoint(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]):
+        geometry = (list(self.stride), list(self.padding), list(self.dilation), False, [0, 0], self.groups)
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)
+
+    def grad_input(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return self._adjoint(grad, x, weight, [True, False, False])[0]
+
+    def grad_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return self._adjoint(grad, x, weight, [False, True, False])[1]

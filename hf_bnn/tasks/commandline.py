@@ -1,0 +1,146 @@
+"""What the training scripts share: the command line, errors that the user can set right, logging, resuming."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import transformers
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser, PreTrainedConfig
+
+from ..integrity import CorruptCheckpointError
+from ..training.arguments import BinaryTrainingArguments
+from ..training.checked_trainer import NonFiniteTrainingError
+from ..training.checkpoints import chosen_checkpoint
+from .errors import UsageError
+
+
+@contextmanager
+def user_errors(name: str | None = None) -> Iterator[None]:
+    """What the libraries say about the user's arguments and files, on one line, as an UsageError.
+
+    `name`: what is being opened; it stands before the error where that cannot be found.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, OSError, DatasetsError, StrictDataclassError, CorruptCheckpointError) as error:
+        cause = f" ({error.__cause__})" if isinstance(error, DatasetsError) and error.__cause__ else ""
+        before = f"{name}: " if name and isinstance(error, OSError) else ""
+        raise UsageError(before + " ".join(f"{error}{cause}".split())) from error
+
+
+class Parser(HfArgumentParser):
+    """One kind of error for all that is wrong with the command line, which may begin with a json file."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.dest == "output_dir":
+                action.required = True  # Trainer's default would put one run over the other
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def parse(self, command_line: list[str] | None) -> tuple[Any, ...]:
+        """The dataclasses, from the command line's arguments (None: this process's).
+
+        The first may be a json file of arguments; those that follow override it.
+        """
+        command_line = sys.argv[1:] if command_line is None else command_line
+        with user_errors():
+            if command_line and command_line[0].endswith(".json"):
+                self.take_defaults(command_line[0])
+                command_line = command_line[1:]
+            return self.parse_args_into_dataclasses(command_line, look_for_args_file=False)
+
+    def take_defaults(self, path: str) -> None:
+        """Make what a json file says the defaults. Raises UsageError for a file that is no dictionary of arguments."""
+        try:
+            given = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path} is no json file ({error})") from error
+        if not isinstance(given, dict):
+            kind = type(given).__name__
+            raise UsageError(f'{path} holds a {kind}: expected a dictionary, {{"argument": value, ...}}')
+        unknown = sorted(given.keys() - {action.dest for action in self._actions})
+        if unknown:
+            raise UsageError(f"{path}: some keys are not used by the HfArgumentParser: {unknown}")
+        for action in self._actions:
+            if action.dest in given:
+                value, choices = given[action.dest], action.choices
+                if choices and value is not None and value not in choices:
+                    expected = ", ".join(map(repr, choices))
+                    raise UsageError(f"{path}: {action.dest}={value!r}: invalid choice (choose from {expected})")
+                action.required = False
+        self.set_defaults(**given)
+
+
+def set_up_logging(training: BinaryTrainingArguments, logger: logging.Logger) -> None:
+    """One format and level for the script, datasets and transformers."""
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
+        datefmt="%m/%d/%Y %H:%M:%S",
+        handlers=[logging.StreamHandler(sys.stdout)],
+    )
+    level = training.get_process_log_level()
+    passive = training.log_level == "passive" and training.should_log
+    logger.setLevel(logging.INFO if passive else level)
+    datasets.utils.logging.set_verbosity(level)
+    transformers.utils.logging.set_verbosity(level)
+    transformers.utils.logging.enable_default_handler()
+    transformers.utils.logging.enable_explicit_format()
+    logger.warning(
+        f"process {training.process_index} of {training.world_size}, device: {training.device}, "
+        f"16-bit training: {training.fp16 or training.bf16}"
+    )
+    logger.debug(f"Training/evaluation parameters {training}")
+
+
+def checkpoint_to_resume(training: BinaryTrainingArguments) -> str | None:
+    """The folder that Trainer.train goes on from, or None to start anew."""
+    with user_errors():
+        return chosen_checkpoint(training.resume_from_checkpoint, training.output_dir)
+
+
+def check_packed_structure(name: str, structure: dict[str, Any], stored: PreTrainedConfig) -> None:
+    """Raise UsageError if a packed checkpoint is asked to be otherwise than it is. Latent ones can be changed."""
+    record = getattr(stored, "quantization_config", None) or stored
+    found = record if isinstance(record, dict) else record.to_dict()
+    if found.get("weight_format") != "packed":
+        return
+    for field, value in structure.items():
+        if value != found.get(field, getattr(stored, field, None)):
+            raise UsageError(
+                f"{name} is packed with {field}={found.get(field)!r}: it cannot become {value!r}; leave out --{field}, "
+                "or start from a latent or float checkpoint"
+            )
+
+
+def shown(values: list[Any]) -> str:
+    """The first of many values."""
+    return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a script's `main`; what the user can set right ends it with one line and exit code 2, bad files with 1."""
+    try:
+        main()
+    except UsageError as error:
+        # From a worker of a DataLoader it comes with a traceback before it.
+        text = str(error).strip().splitlines()[-1].rpartition(f"{UsageError.__name__}: ")[2]
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+        sys.exit(2)
+    except (CorruptCheckpointError, NonFiniteTrainingError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,223 @@
+"""Which images and labels run_image_classification.py works on: datasets of the Hub, on disk, folders, streams."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from transformers import PreTrainedConfig
+
+from ..commandline import shown
+from ..errors import UsageError
+from ..labels import (
+    Labels,
+    as_model_has_them,
+    check_label_column,
+    check_label_values,
+    check_no_label_is_empty,
+    labels_of_model,
+)
+from .arguments import Arguments, DataTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+Splits = dict[str, Any]  # "train", "validation" and "test" (without labels) -> Dataset, or IterableDataset of a stream
+EXTENSIONS = tuple(ImageFolder.EXTENSIONS)
+
+
+def load_splits(arguments: Arguments) -> Splits:
+    """The splits that are used, by what they are used for. Raises UsageError for one that is missing."""
+    data, training = arguments.data, arguments.training
+    folder = {}
+    if training.do_predict and data.test_dir is not None:
+        folder["test"] = limited(load_folder(data.test_dir), data.max_predict_samples, None)
+    if not (training.do_train or training.do_eval) and folder:
+        return folder
+    found = load_data(arguments)
+    wanted = {}
+    if training.do_train:
+        wanted["train"] = ("do_train", "train")
+    if training.do_eval:
+        wanted["validation"] = ("do_eval", data.validation_split_name or "validation")
+    if training.do_predict and not folder:
+        wanted["test"] = ("do_predict", data.test_split_name)
+    if data.train_val_split is not None and "train" in found:
+        column = data.label_column_name
+        check_label_column(
+            column, "train", found["train"], ("int", "uint", "bool", "string", "large_string"), "classes"
+        )
+        stratified = column if isinstance(found["train"].features[column], ClassLabel) else None
+        cut = found["train"].train_test_split(data.train_val_split, seed=training.seed, stratify_by_column=stratified)
+        found = {**found, "train": cut["train"], data.validation_split_name or "validation": cut["test"]}
+    for flag, split in wanted.values():
+        check_split_name(flag, split, found)
+    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
+    seeds = {"train": training.seed, "validation": training.seed, "test": None}
+    used = {use: limited(found[split], limits[use], seeds[use]) for use, (_, split) in wanted.items()}
+    for use, rows in used.items():
+        if isinstance(rows, Dataset) and not len(rows):
+            raise UsageError(f"the {use} data holds no row: name another split or dataset")
+    return {**used, **folder}
+
+
+def check_split_name(flag: str, split: str, found: Splits) -> None:
+    """Raise UsageError if the dataset has not the split that this argument works on."""
+    if split in found:
+        return
+    others = [name for name in found if name != "train"]
+    argument = "--test_split_name" if flag == "do_predict" else "--validation_split_name"
+    choose = f"name another one in {argument} ({', '.join(others)})" if others else ""
+    cuttable = flag == "do_eval" and "train" in found
+    cut = "cut one off the training data with --train_val_split 0.1" if cuttable else ""
+    other = "choose another dataset"
+    ways = [] if flag == "do_train" else list(filter(None, [choose, cut]))
+    raise UsageError(
+        f"--{flag} needs a split {split!r}; the dataset has: {', '.join(found)}: {' or '.join(ways) or other}"
+    )
+
+
+def load_folder(name: str) -> Dataset:
+    """The images in a folder and in the folders in it, by name, without labels."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UsageError(f"test_dir {name!r} is no folder")
+    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not paths:
+        raise UsageError(f"test_dir {name!r} holds no image: expected files like {', '.join(EXTENSIONS[:3])}, ...")
+    return Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+
+
+def limited(rows: Any, count: int | None, seed: int | None) -> Any:
+    """`count` of the rows, drawn by seed (folders of images are sorted by class); of a stream, the first ones.
+
+    Without a seed too, the first ones.
+    """
+    if count is None:
+        return rows
+    if isinstance(rows, Dataset) and seed is None:
+        return rows.select(range(min(len(rows), count)))
+    if isinstance(rows, Dataset):
+        return rows.shuffle(seed=seed).select(range(min(len(rows), count)))
+    return rows.take(count)
+
+
+def load_data(arguments: Arguments) -> DatasetDict | IterableDatasetDict:
+    """The splits as the Hub, the folder or the files name them."""
+    model, data = arguments.model, arguments.data
+    hub = {"cache_dir": model.cache_dir, "token": model.token, "streaming": data.streaming}
+    if data.dataset_name is None:
+        folders = {"train": data.train_dir, "validation": data.validation_dir}
+        folders = {split: folder for split, folder in folders.items() if folder is not None}
+        check_class_folders(folders)
+        files = {split: str(Path(folder) / "**") for split, folder in folders.items()}
+        return load_dataset("imagefolder", data_files=files, drop_labels=False, **hub)
+    saved = Path(data.dataset_name)
+    if (saved / "dataset_dict.json").is_file() and not data.streaming:
+        return load_from_disk(str(saved))
+    try:
+        return load_dataset(data.dataset_name, data.dataset_config_name, **hub)
+    except ValueError as error:
+        raise UsageError(f"{data.dataset_name}: {error}") from error
+
+
+def check_class_folders(folders: dict[str, str]) -> None:
+    """Raise UsageError unless every folder has images in each of its folders, the classes, and none a class alone."""
+    classes = {}
+    for split, name in folders.items():
+        folder = Path(name)
+        if not folder.is_dir():
+            raise UsageError(f"{split}_dir {name!r} is no folder")
+        if next(folder.glob("metadata.*"), None) or next(folder.glob("*.zip"), None):
+            return
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+        if not subfolders:
+            raise UsageError(f"{split}_dir {name!r} has no folders in it: expected one for each class, with its images")
+        for subfolder in subfolders:
+            if not any(path.suffix.lower() in EXTENSIONS for path in subfolder.rglob("*")):
+                raise UsageError(f"the class folder {str(subfolder)!r} holds no image: fill it, or delete it")
+        classes[split] = {path.name for path in subfolders}
+    alone = sorted(classes.get("validation", set()) - classes.get("train", classes.get("validation", set())))
+    if alone:
+        raise UsageError(
+            f"validation_dir {folders['validation']!r} has the class {alone[0]!r}, which train_dir "
+            f"{folders['train']!r} has not ({shown(sorted(classes['train']))}): the classes must be the same"
+        )
+
+
+def image_column(data: DataTrainingArguments, rows: Any) -> str:
+    """The column that holds the images."""
+    features = features_of(rows)
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    name = data.image_column_name
+    if name is None and len(images) == 1:
+        return images[0]
+    if name not in images:
+        what = f"image_column_name={name!r}: " if name is not None else ""
+        those = f"those with images: {', '.join(images)}" if images else "none of them holds images"
+        raise UsageError(
+            f"{what}cannot tell which column holds the images; columns: {', '.join(features)} ({those}): "
+            "name one in --image_column_name"
+        )
+    return name
+
+
+def features_of(rows: Any) -> datasets.Features:
+    """The columns and their types; those of a stream may have to be found out."""
+    return rows.features or rows._resolve_features().features
+
+
+def read_labels(arguments: Arguments, splits: Splits, config: PreTrainedConfig, trained: bool) -> Labels:
+    """Which labels the data has and which classes of the model they are. Raises UsageError for those that do not fit.
+
+    They are what the dataset declares, else those of the training set, else (only to evaluate) the model's own.
+    `trained`: the model is a classifier already.
+    """
+    column, model = arguments.data.label_column_name, arguments.model.model_name_or_path
+    for split, rows in splits.items():
+        if rows.features is None:
+            splits[split] = rows._resolve_features()
+    splits = {split: rows for split, rows in splits.items() if split != "test"}
+    if not splits:  # only to predict: the model knows its classes
+        if not trained:
+            raise UsageError(
+                f"--do_predict needs a trained classifier, and {model or 'a model from scratch'} is none: give "
+                "--do_train too, or name one in --model_name_or_path"
+            )
+        return Labels([str(config.id2label[index]) for index in range(config.num_labels)], {})
+    for split in splits:
+        kinds = ("int", "uint", "bool", "string", "large_string")
+        check_label_column(column, split, splits[split], kinds, "one integer or string per row")
+    first = next(iter(splits.values()))
+    kind, stored = first.features[column], isinstance(first, Dataset)
+    if stored:
+        for split, rows in splits.items():
+            check_no_label_is_empty(column, split, rows[column][:])
+    if isinstance(kind, ClassLabel):
+        labels = Labels(list(kind.names), {index: index for index in range(kind.num_classes)})
+    elif trained and ("train" not in splits or not stored):
+        labels = labels_of_model(config, kind.dtype)
+    elif stored:
+        values = sorted(first.unique(column))
+        labels = Labels([str(value) for value in values], {value: index for index, value in enumerate(values)})
+    else:
+        raise UsageError(
+            f"the stream does not say which classes its column {column!r} has: leave out --streaming, or start from a "
+            "model that was trained for them"
+        )
+    if trained and not arguments.model.ignore_mismatched_sizes:
+        labels = as_model_has_them(labels, config, model)
+    if stored:
+        for split, rows in splits.items():
+            check_label_values(labels, split, rows[column][:])
+    return labels
+
+
+def measured(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of images `(n, channels, height, width)` whose white is 255."""
+    scaled = images.astype(np.float32) / 255
+    return [[round(float(x), 4) for x in values((0, 2, 3))] for values in (scaled.mean, scaled.std)]

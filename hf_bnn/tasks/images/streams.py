@@ -1,0 +1,51 @@
+"""How a Trainer of several ranks shares out the rows of a stream."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from accelerate.data_loader import IterableDatasetShard
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments
+
+from .data import StreamedPictures
+
+
+class SharedStreams(Trainer):
+    """Put before a Trainer among the bases: every rank takes its own rows of a stream, and decodes only them.
+
+    accelerate's default for a stream is that the first rank decodes the rows of all. Only with it would accelerate know
+    how many rows of the last batch are no repetitions, so evaluation is told here.
+    """
+
+    def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> DataLoader:
+        if not isinstance(dataset, StreamedPictures):
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        sharing = self.accelerator.dataloader_config
+        before = sharing.dispatch_batches
+        sharing.dispatch_batches = False
+        try:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            sharing.dispatch_batches = before
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        shared = dataloader.dataset
+        if isinstance(shared, IterableDatasetShard) and isinstance(shared.dataset, StreamedPictures):
+            self.gather_function = partial(self._gather_rows, shared.dataset)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _gather_rows(self, pictures: StreamedPictures, values: Any) -> Any:
+        """What all ranks have of the rows of a batch, without those that fill up the last one."""
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader:  # then all readers have been at the end of the stream, and counted
+            turn = self.args.eval_batch_size * self.args.world_size
+            state.active_dataloader.remainder = int(pictures.count) % turn
+        return self.accelerator.gather_for_metrics(values)
+
+
+def rows_per_turn(training: TrainingArguments, endless: bool) -> int:
+    """How many rows of a stream the workers of a rank take in turns, so that all batches but the last are whole."""
+    batch = training.train_batch_size if endless else training.eval_batch_size
+    return batch * training.world_size

@@ -1,0 +1,57 @@
+"""The table of predictions that --do_predict writes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import Trainer
+
+from .classification_metrics import first, predicted, probabilities
+from .labels import Labels
+
+SCORED_CLASSES = 20  # up to so many classes have a column for their probability
+
+
+def predict_in_order(trainer: Trainer, dataset: Any) -> np.ndarray:
+    """The logits of a dataset, `(n, outputs)`, in the order of its rows."""
+    strategy = trainer.args.train_sampling_strategy
+    trainer.args.train_sampling_strategy = "random"  # "group_by_length" would sort the rows for predictions too
+    try:
+        return first(trainer.predict(dataset, metric_key_prefix="predict").predictions)
+    finally:
+        trainer.args.train_sampling_strategy = strategy
+
+
+def write_predictions(path: Path, logits: np.ndarray, labels: Labels, inputs: dict[str, Iterable[Any]]) -> None:
+    """Write a tsv with a row for each prediction; `inputs` are the columns that say what it is about.
+
+    Columns: `index` if it is among the inputs; `prediction`; for classes `score`, the probability of the predicted one,
+    and that of each; then the other inputs. Fields with tabs, quotes or line ends are quoted as in a csv.
+    """
+    inputs, values = dict(inputs), predicted(logits, labels)
+    columns: dict[str, Iterable[Any]] = {"index": inputs.pop("index")} if "index" in inputs else {}
+    if labels.regression:
+        columns["prediction"] = [f"{value:.6g}" for value in values]
+    else:
+        chances = probabilities(logits, labels)
+        columns["prediction"] = [said(value, labels) for value in values]
+        if not labels.multi_label:
+            columns["score"] = [f"{row.max():.6f}" for row in chances]
+        if len(labels.names) <= SCORED_CLASSES or labels.multi_label:
+            columns |= {f"p({name})": [f"{p:.6f}" for p in chances[:, i]] for i, name in enumerate(labels.names)}
+    columns |= inputs
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+
+
+def said(value: Any, labels: Labels) -> str:
+    """The name of a class, or the names of those that hold."""
+    if labels.multi_label:
+        return ",".join(name for name, holds in zip(labels.names, value, strict=True) if holds)
+    return labels.names[value]

@@ -1,0 +1,1 @@
+"""Text classification: GLUE, datasets of the Hub, files of your own."""

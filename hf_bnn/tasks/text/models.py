@@ -1,0 +1,77 @@
+"""The models of run_glue.py: from a checkpoint, and a teacher."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+
+from ...models.bert import BinaryBertConfig, BinaryBertForSequenceClassification
+from ..commandline import check_packed_structure, user_errors
+from ..errors import UsageError
+from ..labels import Labels, check_same_order, set_labels
+from .arguments import Arguments
+
+
+def has_trained_head(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint of this config is a classifier already."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def load_config(arguments: Arguments) -> PreTrainedConfig:
+    """The config of the checkpoint as it is."""
+    model = arguments.model
+    name = model.config_name or model.model_name_or_path
+    with user_errors(name):
+        return AutoConfig.from_pretrained(name, revision=model.model_revision, **model.hub)
+
+
+def load_model(arguments: Arguments, stored: PreTrainedConfig, labels: Labels) -> PreTrainedModel:
+    """The model with the head that the labels need: float if `--binarize none`, else latent, or packed as it is.
+
+    In float32 whatever the checkpoint's type: updates of latent weights are far smaller than bfloat16's steps.
+    """
+    model = arguments.model
+    loading = {
+        "revision": model.model_revision,
+        "dtype": torch.float32,
+        "ignore_mismatched_sizes": model.ignore_mismatched_sizes,
+        **model.hub,
+    }
+    set_labels(stored, labels)
+    if model.binarize == "none":
+        if isinstance(stored, BinaryBertConfig):
+            raise UsageError(
+                f"{model.model_name_or_path} is a binary checkpoint, which --binarize none cannot make float: "
+                "leave the argument out, or start from a float checkpoint"
+            )
+        kind = AutoModelForSequenceClassification
+        return kind.from_pretrained(model.model_name_or_path, config=stored, **loading)
+    kind, name = BinaryBertForSequenceClassification, model.config_name or model.model_name_or_path
+    config = BinaryBertConfig.from_pretrained(name, **model.structure, revision=model.model_revision, **model.hub)
+    set_labels(config, labels)
+    check_packed_structure(model.model_name_or_path, model.structure, stored)
+    return kind.from_pretrained(model.model_name_or_path, config=config, **loading)
+
+
+def load_teacher(arguments: Arguments, student: PreTrainedConfig) -> PreTrainedModel | None:
+    """The teacher, if one is named and there is training to do. Raises UsageError if it cannot teach this student."""
+    name = arguments.model.teacher_model_name_or_path
+    if name is None or not arguments.training.do_train:
+        return None
+    with user_errors(name):
+        config = AutoConfig.from_pretrained(name, **arguments.model.hub)
+    what = f"the teacher {name}"
+    if not has_trained_head(config):
+        raise UsageError(f"{what} is no trained classifier ({config.architectures}): train one with --binarize none")
+    check_same_order(what, config, student)
+    if config.vocab_size != student.vocab_size:
+        raise UsageError(
+            f"{what} has {config.vocab_size} tokens in its vocabulary, the student {student.vocab_size}: "
+            "both must use the same tokenizer"
+        )
+    if config.hidden_size != student.hidden_size and arguments.training.distillation_hidden_weight > 0:
+        raise UsageError(
+            f"{what} has hidden states of {config.hidden_size}, the student of {student.hidden_size}: "
+            "they can only be compared by their logits, with --distillation_hidden_weight 0"
+        )
+    return AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **arguments.model.hub)

@@ -1,0 +1,155 @@
+"""A Trainer that stops at the first NaN, and says at once what cannot work."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.utils import logging
+
+from ..nn.activations import RPReLU
+from ..nn.layers import WeightedLayer
+from .argument_checks import refuse_empty
+from .batch_norm import plain_batch_norm_, share_statistics_, sync_batch_norm_
+from .checkpoints import last_complete_checkpoint
+from .loop import first_nonfinite_layer
+from .resumable_trainer import ResumableTrainer
+
+logger = logging.get_logger(__name__)
+
+# Scales, shifts and slopes: to pull them to 0 would change what the network computes, not make it simpler.
+NO_DECAY = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RPReLU)
+
+
+class NonFiniteTrainingError(FloatingPointError):
+    """The loss, a gradient or a weight became NaN or infinite. Nothing was stepped or saved after that."""
+
+
+class CheckedTrainer(ResumableTrainer):
+    """Trainer, for any model, with checkpoints that are whole (ResumableTrainer). A loss, gradient or weight that is
+    not finite stops the run with the name of the layer where it began. What would have no effect, an empty data set,
+    or FSDP on a CPU, is refused. All ranks evaluate with the statistics of batch normalization that are saved.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        refuse_empty(self.train_dataset, "train_dataset")
+        asked = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if asked and not (self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
+            raise ValueError(
+                f"fsdp={asked!r} has no effect on {self.args.device.type!r} devices: every rank would hold "
+                "the whole model, as under DistributedDataParallel. Leave it out, or train on GPUs"
+            )
+        if self.accelerator.mixed_precision == "fp16" and self.args.device.type == "cpu":
+            logger.warning("fp16 has no effect on a CPU: the model is trained in float32. bf16=True has one")
+
+    def train(self, *args: Any, **kwargs: Any):
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            plain_batch_norm_(self.bare_model)
+        share_statistics_(self.bare_model)
+        if output.global_step == 0:
+            raise ValueError(
+                f"no step was made: the train_dataset, a {type(self.train_dataset).__name__}, gave not a single batch. "
+                "The model is as it was"
+            )
+        return output
+
+    # Several ranks
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        if training:
+            if getattr(self.args, "sync_batchnorm", False) and not sync_batch_norm_(self.bare_model):
+                logger.warning(f"sync_batchnorm=True has no effect: {type(model).__name__} has no batch normalization")
+            keeps_copies = (
+                self.is_fsdp_enabled or self.is_deepspeed_enabled
+            )  # of float32, beside half-precision weights
+            for module in self.bare_model.modules():
+                if isinstance(module, WeightedLayer):
+                    module.master_weights = keeps_copies
+        return super()._wrap_model(model, training, dataloader)
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any):
+        refuse_empty(dataloader.dataset, "the data set to evaluate on")
+        share_statistics_(self.bare_model)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    # Trap: transformers decays the weights of BatchNorm, whose names have no "norm." that it looks for.
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        spared = {id(p) for module in model.modules() if isinstance(module, NO_DECAY) for p in module.parameters()}
+        names = set(super().get_decay_parameter_names(model))
+        return [name for name, p in model.named_parameters() if name in names and id(p) not in spared]
+
+    # Trap: with persistent workers, transformers takes the loader of the first evaluation for every later one, also
+    # where another set is handed to `evaluate`.
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        kept = self.__dict__.pop("_eval_dataloaders", None)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.__dict__.pop("_eval_dataloaders", None)
+            if kept is not None:
+                self._eval_dataloaders = kept
+
+    # Numbers that are not finite
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._last_inputs = inputs
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss).all()):
+            self._stop(f"the loss is {loss.item()}", self._first_bad_layer())
+        return loss
+
+    def _clip_grad_norm(self, model):
+        self._check_gradients()  # before clipping, which would spread a NaN over all of them
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None:
+            self._check_gradients()
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _check_gradients(self) -> None:
+        # fp16's scaler skips such steps itself; sharded gradients are not at hand.
+        if self.accelerator.scaler is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        gradients = {name: p.grad for name, p in self.bare_model.named_parameters() if p.grad is not None}
+        if not bool(torch.nn.utils.get_total_norm(gradients.values()).isfinite()):
+            bad = [name for name, gradient in gradients.items() if _nonfinite(gradient)]
+            # A sign swallows a NaN: the forward pass may have one while the loss is finite.
+            where = self._first_bad_layer() or f"the gradient of {bad[-1]}, the first in backward order"
+            self._stop("a gradient is not finite", where)
+
+    def _first_bad_layer(self) -> str | None:
+        inputs = self._prepare_inputs(self._last_inputs)
+        layer = first_nonfinite_layer(self.bare_model, lambda: self.compute_loss(self.bare_model, inputs))
+        return layer and f"the output of {layer}"
+
+    def _stop(self, what: str, where: str | None) -> None:
+        last = last_complete_checkpoint(self.args.output_dir)
+        raise NonFiniteTrainingError(
+            f"{what} at step {self.state.global_step}; it began in {where or 'the loss itself'}. "
+            f"The last good checkpoint is {last or 'none'}: go on from it with a learning rate below "
+            f"{self.args.learning_rate}, or with a smaller max_grad_norm than {self.args.max_grad_norm}"
+        )
+
+    # Saving
+
+    def _save_checkpoint(self, model, trial) -> None:
+        bad = [name for name, p in self.bare_model.named_parameters() if _nonfinite(p)]
+        if bad:
+            self._stop("a weight is not finite", bad[0])
+        share_statistics_(self.bare_model)
+        super()._save_checkpoint(model, trial)
+
+
+def _nonfinite(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point() and not bool(tensor.isfinite().all())

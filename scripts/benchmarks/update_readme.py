@@ -1,0 +1,227 @@
+"""Write the README's tables anew from the figures in scripts/benchmarks/results, which the benchmarks wrote.
+
+python scripts/benchmarks/update_readme.py
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+from hf_bnn.methods import METHODS, Surge
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+
+
+def methods_table(benchmark: dict) -> str:
+    """Every method of the table, with what a step of it costs over the straight-through estimator's."""
+    cost = {row["name"]: row["over_ste"] for row in benchmark["rows"] if row["tokens"] == 512}
+    lines = ["| method | paper | idea | cost |", "|---|---|---|---|"]
+    for name, cls in METHODS.items():
+        measured = {row: value for row, value in cost.items() if row.split("-")[0] == name}
+        if not measured:
+            raise ValueError(f"no cost of {name!r} in the benchmark: run scripts/benchmarks/bench_training.py again")
+        text = ", ".join(f"{value:.2f}{label(row)}" for row, value in measured.items())
+        lines.append(f"| `{name}` | {cls.paper} | {cls.idea} | {text} |")
+    elastic = "learned scale and threshold of the inputs, with any method; the default for transformers"
+    lines.append(f'| config `levels="elastic"` | BiT, arXiv 2205.13016 | {elastic} | {cost["elastic"]:.2f} |')
+    return "\n".join(lines)
+
+
+def label(row: str) -> str:
+    """What tells the variants of a method apart: "surge-own" gives " (`aux=own`)", "stompp-mixed" " (mixed)"."""
+    name, dash, variant = row.partition("-")
+    setting = f"`aux={variant}`" if name == Surge.name else variant
+    return f" ({setting})" if dash else ""
+
+
+def fsg_text(results: dict) -> str:
+    """FSG against the straight-through estimator: accuracy, and the cost of a step."""
+    cost, steps = results["cost"], results["environment"]["steps"]
+    return (
+        f"{results['summary']} (Fashion-MNIST, a ResNet of 6 convolutions, weights only, {steps} steps from a trained "
+        f"float network). A step of ResNet-20, batch 128, one thread: {cost['ratio']:.2f} times STE's."
+    )
+
+
+def orders_table(results: dict) -> str:
+    """StoMPP's orders by network: accuracy in percent, mean and standard deviation over the seeds."""
+    from bench_methods import order_table
+
+    return order_table(results["rows"])
+
+
+def quickstart_table(results: dict) -> str:
+    """What one run of the quick start printed."""
+    from quickstart_results import method_name, table
+
+    versions = results["versions"]
+    threads = f"{versions['threads']} thread(s) of {versions['cores']} ({versions['machine']})"
+    packages = f"torch {versions['torch']}, transformers {versions['transformers']}"
+    chosen = results["arguments"]
+    method = method_name(chosen["method"], chosen["method_args"])
+    run = f"{results['seconds_total']:.0f} seconds on {threads}"
+    note = f"Trained with {method}, seed {results['seed']}, {run}, {packages}."
+    return f"```\n{table(results)}\n```\n{note}"
+
+
+def runs_table(runs: list[dict]) -> str:
+    """Every full run of the quick start whose figures are committed: what was chosen, and what came of it."""
+    from quickstart_results import method_name
+
+    lines = [
+        "| preset | method | binarize | attention | embeddings | seed | float | binary | kept | file, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        chosen = run["arguments"]
+        method = method_name(chosen["method"], chosen["method_args"])
+        names = [chosen["preset"], method, *(chosen[key] for key in ("binarize", "attention", "embeddings", "seed"))]
+        reached = [f"{run['accuracy_float']:.1%}", f"{run['accuracy_binary']:.1%}", f"{run['retention']:.3f}"]
+        lines.append("| " + " | ".join(map(str, [*names, *reached, f"{run['bytes_packed'] / 1e6:.2f}"])) + " |")
+    return "\n".join(lines)
+
+
+SPEED_ROWS = {
+    "bert_base_s128_b1_linears": "BERT-base, 128 tokens: packed",
+    "bert_base_s128_b1_ffn": "the same, optimized",
+    "bert_base_s128_b1_all": "the same, attention products binary too",
+    "bert_base_s128_b8_all": "the same, batch 8",
+    "bert_base_s512_b1_all": "the same, 512 tokens",
+    "bert_base_s1_b1_w1a32": "BERT-base, 1 token, binary weights, float inputs",
+    "minilm_s64_b1_all": "MiniLM, 64 tokens, attention products binary too",
+    "minilm_s64_b32_all": "the same, batch 32",
+    "vit_b16_b1_all": "ViT-B/16, attention products binary too",
+    "vit_b16_b8_all": "the same, batch 8",
+    "resnet18_b1": "ResNet-18",
+    "resnet18_b8": "the same, batch 8",
+    "resnet50_b1": "ResNet-50",
+    "resnet50_b8": "the same, batch 8",
+    "linear_m1_k768_n768": "linear layer, 1 x 768 to 768",
+    "linear_m8_k768_n768": "linear layer, 8 x 768 to 768",
+    "linear_m128_k768_n768": "linear layer, 128 x 768 to 768",
+    "linear_m1024_k768_n3072": "linear layer, 1024 x 768 to 3072",
+    "ffn_m128": "feed-forward block, 128 x 768 to 3072 to 768",
+    "w1a32_m1_k768_n3072": "linear layer, binary weights, float inputs, 1 x 768 to 3072",
+    "resnet18_body_b1": "the 19 convolutions of ResNet-18's stages",
+    "resnet18_body_b8": "the same, batch 8",
+}
+OTHER_RUNS = {  # by the end of the file's name; without a compiler only torch's own products are left
+    "avx2": "AVX2 kernels (torch keeps its AVX-512)",
+    "torch": "Without a compiler",
+    "2threads": "Two threads",
+}
+OTHER_ROWS = {
+    "linear_m128_k768_n768": "linear layer, 128 x 768 to 768",
+    "ffn_m128": "feed-forward block, 128 rows",
+    "resnet18_body_b1": "ResNet-18's convolutions",
+    "bert_base_s128_b1_ffn": "BERT-base, 128 tokens",
+    "bert_base_s128_b1_all": "the same, attention products binary too",
+    "resnet18_b1": "ResNet-18",
+}
+CHART = "scripts/benchmarks/results/inference.png"
+
+
+def speed_text(benchmark: dict, others: dict[str, dict]) -> str:
+    """Packed models and layers over torch's of three precisions; `others`: runs on other kernels or threads."""
+    rows = {row["name"]: row for row in benchmark["rows"]}
+    lines = ["| | ms | over float32 | over bfloat16 | over dynamic int8 |", "|---|---|---|---|---|"]
+    for name, label in SPEED_ROWS.items():
+        if name in rows:
+            ratios = [rows[name][f"speedup_{precision}"] for precision in ("fp32", "bf16", "int8")]
+            cells = ["-" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
+            lines.append(f"| {label} | {milliseconds(rows[name]['ms_median'])} | " + " | ".join(cells) + " |")
+    machine, rounds = benchmark["environment"], [row["rounds"] for row in benchmark["rows"]]
+    fewest_to_most = f"{min(rounds)} to {max(rounds)}" if min(rounds) < max(rounds) else str(max(rounds))
+    where = f"{machine['backend']} kernels, {machine['cpu']}, torch {machine['torch']}"
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    lines += ["", f"{fewest_to_most} rounds, {threads}, {where}. {losses(benchmark)}"]
+    if "bert_base_s128_b1_all" in rows:
+        lines += ["", f"![Speed of whole models over float32]({CHART})", ""]
+    if "memory" in benchmark:
+        lines.append(memory_line(benchmark["memory"]))
+    lines += [other_line(label, others[end]) for end, label in OTHER_RUNS.items() if end in others]
+    return "\n".join(lines)
+
+
+def milliseconds(value: float) -> str:
+    """With three digits that count."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def losses(benchmark: dict) -> str:
+    """Which of a run's rows are slower than float32."""
+    slower = benchmark["slower_than_fp32"]
+    named = ", ".join(f"`{name}`" for name in slower) or "none"
+    return f"Slower than float32, of {len(benchmark['rows'])} rows measured: {named}."
+
+
+def memory_line(memory: dict) -> str:
+    """What the encoder of a BERT-base takes."""
+    float32, packed, optimized = (
+        memory[f"{name}_bytes"] / 1e6 for name in ("bert_base_encoder_fp32", "packed", "optimized")
+    )
+    return (
+        f"- Memory of BERT-base's encoder, in use, with what is laid out for the kernels: {float32:.1f} MB float32, "
+        f"{packed:.1f} MB packed, {optimized:.1f} MB optimized: {memory['ratio']:.1f} times less."
+    )
+
+
+def other_line(label: str, benchmark: dict) -> str:
+    """A run on other kernels or threads, in one line."""
+    rows = {row["name"]: row["speedup_fp32"] for row in benchmark["rows"]}
+    found = "; ".join(f"{text}: {rows[name]:.1f}" for name, text in OTHER_ROWS.items() if name in rows)
+    return f"- {label}, over float32. {found[:1].upper()}{found[1:]}. {losses(benchmark)}"
+
+
+def speed_results(folder: Path) -> tuple[dict, dict[str, dict]]:
+    """(the run that the table shows, the runs of `OTHER_RUNS` that are there)."""
+    others = {end: folder / f"bench_inference_{end}.json" for end in OTHER_RUNS}
+    found = {end: json.loads(path.read_text()) for end, path in others.items() if path.exists()}
+    return json.loads((folder / "bench_inference.json").read_text()), found
+
+
+def images_table(folder: Path) -> str:
+    """Runs of the Fashion-MNIST recipes, by their all_results.json: `fashion_mnist_MODEL_ARM.json`."""
+    lines = [
+        "| recipe | float | binary, STE | kept | binary, SURGE | kept | training, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model in ("resnet", "vit"):
+        arms = ("float", "ste", "surge")
+        runs = [json.loads((folder / f"fashion_mnist_{model}_{arm}.json").read_text()) for arm in arms]
+        plain, ste, surge = (run["eval_accuracy"] for run in runs)
+        seconds = " / ".join(f"{run['train_runtime']:.0f}" for run in runs)
+        cells = [f"{plain:.1%}", f"{ste:.1%}", f"{ste / plain:.3f}", f"{surge:.1%}", f"{surge / plain:.3f}", seconds]
+        lines.append(f"| `fashion_mnist_{model}.json` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def updated(text: str) -> str:
+    """The README with its generated parts as the committed figures have them."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("quickstart*.json"))]
+    parts = {
+        "runs": runs_table(runs),
+        "images": images_table(RESULTS),
+        "speed": speed_text(*speed_results(RESULTS)),
+        "methods": methods_table(json.loads((RESULTS / "bench_training.json").read_text())),
+        "orders": orders_table(json.loads((RESULTS / "stompp_order.json").read_text())),
+        "fsg": fsg_text(json.loads((RESULTS / "fsg.json").read_text())),
+        "quickstart": quickstart_table(json.loads((RESULTS / "quickstart.json").read_text())),
+    }
+    for name, table in parts.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+        if count != 1:
+            raise ValueError(f"README.md has {count} places marked <!-- {name} -->: expected 1")
+    return text
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    sys.path.insert(0, str(Path(__file__).parent))
+    readme = ROOT / "README.md"
+    readme.write_text(updated(readme.read_text(encoding="utf-8")), encoding="utf-8")
