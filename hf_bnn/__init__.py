@@ -26,9 +26,11 @@ from .models import (
     BinaryViTModel,
 )
 from .models.plug_in import BinaryConfig
+from .moved import register as _register_moved
 from .summary import Summary, summary
 
 __version__ = "0.1.0"
+_register_moved()
 
 # Loaded on first use: packed models run without the training side.
 _LAZY = {

@@ -13,7 +13,6 @@ from .install import binary_fraction, drop_method, install_method
 from .nn.fast_path import leave_fast_path_
 from .nn.finite import check_finite, tensors_to_check
 from .nn.layers import BINARY, WeightedLayer, binary_layers
-from .nn.levels import SignedLevels
 from .nn.packed import PACKED, is_packed
 from .selection import choose_layers, default_exclude, pattern_list
 
@@ -149,6 +148,11 @@ def record_format(model: nn.Module) -> None:
         if hasattr(record, "weight_format"):
             latent = "float" if record.binarize == "none" else "latent"
             record.weight_format = "packed" if is_packed(module) else latent
+
+
+def has_fresh_levels(model: nn.Module) -> bool:
+    """Whether any learned levels are as they were made: neither fitted, nor trained, nor loaded."""
+    return any(isinstance(module, LearnedLevels) and module.fresh for module in model.modules())
 
 
 def can_pack(model: nn.Module) -> bool:

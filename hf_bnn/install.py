@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .nn.fast_path import leave_fast_path_
 from .nn.layers import BinaryLayer, binary_layers
-from .nn.levels import LearnedLevels
 
 if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
     from .methods.base import Method, Part, Place, Site
@@ -124,11 +123,6 @@ def _run_watched(model: nn.Module, run: Callable[[], object], watch: Callable[[B
             hook.remove()
         for module, training in modes:
             module.training = training
-
-
-def has_fresh_levels(model: nn.Module) -> bool:
-    """Whether any learned levels are as they were made: neither fitted, nor trained, nor loaded."""
-    return any(isinstance(module, LearnedLevels) and module.fresh for module in model.modules())
 
 
 def drop_method(model: nn.Module) -> None:

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from hf_bnn import BinaryConfig, BinaryTrainer, binarize_
-from hf_bnn.install import calibrate_, has_fresh_levels
+from hf_bnn.convert import has_fresh_levels
+from hf_bnn.install import calibrate_
 from hf_bnn.nn.layers import binary_layers
 from hf_bnn.nn.levels import ElasticLevels
 from hf_bnn.training.preparation import PutBack, first_batch, reads_once

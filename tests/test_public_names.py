@@ -22,7 +22,7 @@ def test_a_name_that_is_loaded_on_first_use_is_public_and_its_modules_own(name: 
 
 
 def test_the_trainer_and_the_methods_are_loaded_on_first_use():
-    assert {"trainer", "methods"} <= set(hf_bnn._LAZY.values())
+    assert {"training.trainer", "methods"} <= set(hf_bnn._LAZY.values())
 
 
 def test_an_unknown_name_is_an_error_that_names_it():

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from ..convert import has_fresh_levels
 from ..execution import check_layers_run
-from ..install import calibrate_, has_fresh_levels, number_by_execution_
+from ..install import calibrate_, number_by_execution_
 
 Output = TypeVar("Output")
 

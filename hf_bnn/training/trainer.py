@@ -18,8 +18,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..convert import can_pack, pack_
-from ..install import binary_fraction, has_fresh_levels, install_method, load_method_state, method_state
+from ..convert import can_pack, has_fresh_levels, pack_
+from ..install import binary_fraction, install_method, load_method_state, method_state
 from ..methods import Method, Step, make_method
 from ..model_card import completed, facts_of, without_paths
 from ..models.base import BinaryModelMixin
