@@ -13,6 +13,7 @@ from .install import binary_fraction, drop_method, install_method
 from .nn.fast_path import leave_fast_path_
 from .nn.finite import check_finite, tensors_to_check
 from .nn.layers import BINARY, WeightedLayer, binary_layers
+from .nn.levels import LearnedLevels, SignedLevels
 from .nn.packed import PACKED, is_packed
 from .selection import choose_layers, default_exclude, pattern_list
 
