@@ -181,13 +181,16 @@ def test_a_packed_model_is_not_trained(failing: Failing, inputs: dict[str, list[
     assert "is packed: its weights are bits and cannot be trained" in failing("run_image_classification", *given)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SCRIPTS.glob("*.py") if "__main__" in path.read_text()))
+PROGRAMS = {path.stem: path for path in SCRIPTS.rglob("*.py") if "__main__" in path.read_text(encoding="utf-8")}
+
+
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
 def test_every_script_says_what_it_does(
     name: str, quiet: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+        runpy.run_path(str(PROGRAMS[name]), run_name="__main__")
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: {name}.py")
