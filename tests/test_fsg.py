@@ -20,7 +20,7 @@ from hf_bnn import binarize_
 from hf_bnn.functional import weight_scale
 from hf_bnn.methods import STE, ApproxSign, Method, Site, Step, Surge, gradient_hook, make_method
 from hf_bnn.methods.fsg import BINARIZERS, Fsg
-from hf_bnn.methods.gradient_hook import GradientHook, RawSign, calibrate
+from hf_bnn.methods.gradient_hook import GradientHistory, GradientHook, RawSign, calibrate
 from hf_bnn.methods.metaquant import MetaQuant
 from hf_bnn.nn.layers import binary_layers
 from hf_bnn.training import begin_step, end_backward, hook_optimizer, parameter_roles, statistics
@@ -429,6 +429,26 @@ def test_the_newest_gradient_is_not_rounded_to_bfloat16():
     gradients = run.random_gradients()
     gate = run.weights[0].detach().abs() <= 1
     assert torch.equal(run.step(gradients)[0], gradients[0] * gate)
+
+
+def test_the_root_mean_square_of_a_history_is_that_of_the_steps_it_holds_in_float32():
+    history = GradientHistory(torch.zeros(64), 3, torch.bfloat16)
+    gradients = torch.randn(4, 64)
+    for count, gradient in enumerate(gradients, 1):
+        history.push(gradient, torch.zeros(64))
+        held = gradients[max(0, count - 3) : count].bfloat16().float()
+        assert history.rms().dtype == torch.float32
+        torch.testing.assert_close(history.rms(), held.square().mean().sqrt())
+        assert torch.equal(history.latest(), held[-1])
+        assert torch.equal(history.gradients(slice(8, 24)), held[:, 8:24])
+
+
+def test_all_of_a_history_goes_to_where_the_weights_are():
+    history = GradientHistory(torch.zeros(4), 3, torch.bfloat16)
+    history.to(torch.device("meta"))
+    for tensor, dtype in ((history.ring, torch.bfloat16), (history.weight, torch.float32)):
+        assert (tensor.device.type, tensor.dtype) == ("meta", dtype)
+    assert history.norm.device.type == "meta"
 
 
 # 8 Scale

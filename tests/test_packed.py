@@ -35,6 +35,14 @@ def test_packed_equals_latent_bit_for_bit(levels, binarize: str, bias: bool, sha
     assert torch.equal(PackedLinear.from_latent(layer)(x), layer(x))
 
 
+def test_a_packed_convolution_tells_of_its_geometry_what_the_latent_one_does():
+    size = {"stride": 2, "padding": (1, 2), "dilation": 2, "groups": 2}
+    latent = BinaryConv2d(8, 4, 3, **size)
+    packed = PackedConv2d.from_latent(latent)
+    for name in (*nn.Conv2d.__constants__, "kernel_size"):
+        assert getattr(packed, name) == getattr(latent, name), name
+
+
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 65, 300])
 @every_levels
 def test_packed_equals_latent_at_sizes_that_do_not_fill_a_byte(levels, size: int):

@@ -19,6 +19,7 @@ from hf_bnn import BinaryConfig, IRNet, Stompp, Surge, binarize_, pack_
 from hf_bnn.integrity import MANIFEST, CorruptCheckpointError, is_complete, verify_manifest, write_manifest
 from hf_bnn.training.checkpoints import (
     RUN_RECORD,
+    chosen_checkpoint,
     last_complete_checkpoint,
     read_record,
     verify_checkpoint,
@@ -343,6 +344,22 @@ def test_the_final_packed_folder_is_called_what_it_is(run, tmp_path):
         verify_checkpoint(run)
     with pytest.raises(ValueError, match=r"resume_from_checkpoint='.*nowhere': there is no such folder"):
         trainer(run, **SETTINGS).train(resume_from_checkpoint=str(run / "nowhere"))
+
+
+@pytest.mark.parametrize("asked", [None, False, "False", "false"])
+def test_a_no_begins_anew_also_beside_checkpoints(run, asked):
+    assert chosen_checkpoint(asked, run) is None
+
+
+@pytest.mark.parametrize("asked", [True, "True", "true", "last", "auto"])
+def test_a_yes_takes_the_newest_checkpoint_and_only_auto_begins_anew_without_one(run, tmp_path, asked):
+    assert chosen_checkpoint(asked, run) == str(run / "checkpoint-4")
+    (tmp_path / "empty").mkdir()
+    if asked == "auto":
+        assert chosen_checkpoint(asked, tmp_path / "empty") is None
+    else:
+        with pytest.raises(ValueError, match=f"resume_from_checkpoint={asked}: no complete checkpoint in"):
+            chosen_checkpoint(asked, tmp_path / "empty")
 
 
 def test_weights_alone_are_not_resumed(tmp_path):

@@ -1,5 +1,7 @@
 """Small decisions of resuming, recording, distilling and uploading, each by itself."""
 
+import json
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +52,10 @@ def test_a_rate_set_in_the_midst_of_a_schedule_is_what_it_were_from_the_beginnin
 # The record of a run
 
 
+class Kind(Enum):
+    ODD = "odd"
+
+
 def record(folder: Path, **settings) -> dict:
     return run_record("now", tiny_model(), arguments(folder, **settings), 4, 16, 8)
 
@@ -70,6 +76,30 @@ def test_whatever_orders_the_rows_makes_it_another_run(tmp_path: Path, field: st
     now["data"][field] = "another"
     [difference] = differences(was, now)
     assert (difference.field, difference.another, difference.why) == (field, True, "the order of the rows")
+
+
+@pytest.mark.parametrize(
+    ("field", "settings"),
+    [
+        ("seed", {"seed": 7}),
+        ("data_seed", {"data_seed": 7}),
+        ("rows of a step", {"gradient_accumulation_steps": 2}),
+        ("train_sampling_strategy", {"train_sampling_strategy": "sequential"}),
+        ("dataloader_drop_last", {"dataloader_drop_last": True}),
+    ],
+)
+def test_the_arguments_that_order_the_rows_are_in_the_record(tmp_path: Path, field: str, settings: dict):
+    found = differences(record(tmp_path), record(tmp_path, **settings))
+    assert field in [difference.field for difference in found if difference.another]
+
+
+def test_a_record_holds_whatever_a_config_holds_as_json(tmp_path: Path):
+    model = nn.Linear(2, 2)
+    model.config = SimpleNamespace(to_dict=lambda: {"path": tmp_path, "names": {"b", "a"}, "kind": Kind.ODD})
+    noted = run_record("now", model, arguments(tmp_path), 4, 16, 8)
+    assert json.loads(json.dumps(noted)) == noted
+    fields = {name: noted["model"][name] for name in ("path", "names", "kind")}
+    assert fields == {"path": str(tmp_path), "names": ["a", "b"], "kind": "odd"}
 
 
 def test_what_is_no_structure_is_not_in_the_record():
@@ -162,6 +192,17 @@ def test_a_teacher_must_know_all_tokens_and_pad_as_the_tokenizer_does(logits: bo
         check_teacher(teacher, student, logits, tokenizer=Tokens(known + 1, 0))
     with pytest.raises(ValueError, match="the tokenizer pads with 1, the teacher's config says pad_token_id=0"):
         check_teacher(teacher, student, logits, tokenizer=Tokens(known, 1))
+
+
+def test_a_teacher_is_held_to_its_predictions_and_hidden_states_unless_told_otherwise():
+    student = tiny_model(num_labels=2)
+    labels, wide = tiny_float_bert(num_labels=3), tiny_float_bert(num_labels=2, hidden_size=64)
+    with pytest.raises(ValueError, match="distillation_logits_weight=0"):
+        check_teacher(labels, student)
+    check_teacher(labels, student, logits=False)
+    with pytest.raises(ValueError, match=r"are 64 wide, the student's 32: set distillation_hidden_weight=0"):
+        check_teacher(wide, student)
+    check_teacher(wide, student, hidden=False)
 
 
 # What is uploaded

@@ -9,6 +9,9 @@ import torch
 from tiny import SIZE, TinyConvNet, tiny_config, tiny_float_bert, tiny_float_vit, tiny_model, tiny_resnet, tiny_vit
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -28,7 +31,7 @@ from hf_bnn import (
     pack_,
 )
 from hf_bnn.nn.layers import WeightedLayer
-from hf_bnn.selection import choose_layers, default_exclude
+from hf_bnn.selection import _ends, choose_layers, default_exclude
 from hf_bnn.summary import composition
 
 
@@ -286,6 +289,12 @@ def test_output_layers_are_ends_tied_or_not():
         model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2, tie_word_embeddings=tied))
         assert "lm_head" in default_exclude(model)
         assert "model.layers.0.self_attn.q_proj" not in default_exclude(model)
+
+
+def test_the_ends_are_the_output_embeddings_and_the_last_module_whichever_comes_last():
+    ends = {"cls.predictions.decoder", "cls.seq_relationship"}
+    assert _ends(BertForPreTraining(BertConfig(**SIZE, tie_word_embeddings=False))) == ends
+    assert _ends(BertModel(BertConfig(**SIZE), add_pooling_layer=False)) == {"encoder.layer.1.output.LayerNorm"}
 
 
 def test_an_include_pattern_that_matches_nothing_is_held_against_the_layers_alone():

@@ -194,6 +194,23 @@ def test_per_layer_statistics_are_in_the_log_history(tmp_path):
     assert len([key for key in entries[0] if key.endswith("/clipped")]) == 12
 
 
+def test_the_tokens_of_a_second_are_logged_where_trainer_logs_them(tmp_path):
+    one = trainer(tmp_path, max_steps=2, include_num_input_tokens_seen="all")
+    one.train()
+    entries = [entry for entry in one.state.log_history if "loss" in entry]
+    assert [entry["num_input_tokens_seen"] for entry in entries] == [24, 48]
+    assert all(entry["train_tokens_per_second"] > 0 for entry in entries)
+
+
+def test_the_parts_are_told_of_each_step_where_the_run_is(tmp_path):
+    one, seen = trainer(tmp_path, max_steps=3, logging_steps=2, lr_scheduler_type="linear", learning_rate=0.03), []
+    (part, *_) = (part for _, part in binary_layers(one.model)[0].parts())
+    part.begin_step = lambda layer, step: seen.append(step)
+    one.train()
+    assert [(step.index, step.total, step.log) for step in seen] == [(0, 3, False), (1, 3, True), (2, 3, False)]
+    assert [step.lr for step in seen] == pytest.approx([0.03, 0.02, 0.01])
+
+
 def test_model_init_and_label_smoothing_work(tmp_path):
     set_seed(0)
     one = BinaryTrainer(
