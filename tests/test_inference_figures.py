@@ -1,4 +1,4 @@
-"""README's speed table and the chart show what the benchmark's JSON holds."""
+"""The speed table, the README's sentence and the chart show what the benchmark's JSON holds."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ def benchmark_of(names: list[str], **environment: object) -> dict:
 
 def test_every_row_that_is_shown_is_measured():
     chart = [name for names in plot.GROUPS.values() for name in names]
-    assert {*update_readme.SPEED_ROWS, *update_readme.OTHER_ROWS, *chart} <= {*NAMES}
+    assert {*update_readme.SPEED_ROWS, *update_readme.OTHER_ROWS, *update_readme.SUMMARY_ROWS, *chart} <= {*NAMES}
 
 
 def test_the_table_has_the_rows_that_were_measured():
@@ -49,8 +49,15 @@ def test_the_table_has_the_rows_that_were_measured():
     ]
     assert "5 to 7 rounds, one thread, avx512 kernels, A processor, torch 2.13.0." in text
     assert "Slower than float32, of 3 rows measured: none." in text
-    assert update_readme.CHART not in text  # without whole models there is none
-    assert update_readme.CHART in update_readme.speed_text(benchmark_of(NAMES), {})
+
+
+def test_the_readmes_summary_has_the_chart_and_the_rows_that_were_measured():
+    text = update_readme.speed_summary(benchmark_of(["linear_m8_k768_n768", "resnet18_b1"], threads=2))
+    assert text.splitlines() == [
+        f"![Speed of whole models over float32]({update_readme.CHART})",
+        "",
+        "Times faster than float32 (A processor, avx512 kernels, 2 threads, batch 1). ResNet-18: 3.0.",
+    ]
 
 
 def test_other_runs_and_the_memory_have_a_line_each():
@@ -114,6 +121,8 @@ def test_the_chart_is_a_png_that_says_which_figures_it_shows(tmp_path: Path):
 
 def test_the_readmes_chart_is_of_the_committed_figures():
     benchmark, _ = update_readme.speed_results(update_readme.RESULTS)
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
+    charts = re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert charts == [update_readme.CHART]
+    for path in charts:
         with Image.open(ROOT / path) as image:
             assert image.text[plot.DIGEST] == plot.digest(benchmark)

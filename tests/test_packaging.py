@@ -62,8 +62,9 @@ def run(*words: object, folder: Path, **environment: str) -> str:
 
 def files_of_the_project() -> set[str]:
     """What the tests and the README need, relative to the root: no caches, and nothing that was built."""
-    found = {"constraints.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
-    for folder in ("hf_bnn", "tests", "scripts", "model_cards"):
+    documents = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md"}
+    found = {*documents, "constraints.txt", "MANIFEST.in", "pyproject.toml"}
+    for folder in ("docs", "hf_bnn", "tests", "scripts", "model_cards"):
         paths = (path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file())
         found |= {path.as_posix() for path in paths if path.suffix not in (".pyc", ".so")}
     return found

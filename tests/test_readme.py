@@ -1,4 +1,8 @@
-"""The README: its commands and examples run, and its tables are those of the figures that are committed."""
+"""README and docs: their commands and examples run, and their tables are those of the figures that are committed.
+
+The Python blocks of a page are one program, from top to bottom. A block after the line `<!-- not run: reason -->` is
+compiled only.
+"""
 
 import json
 import os
@@ -8,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -24,12 +29,68 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_bnn import BinaryBertForSequenceClassification, pack_
+from hf_bnn import METHODS, BinaryBertForSequenceClassification, pack_
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "pages").glob("*.md")))
+}
+PRINTED = {  # what the program of a page prints, among other things
+    "README.md": "'score':",
+    "docs/pages/deployment.md": "'score':",
+    "docs/pages/guide.md": "",
+    "docs/pages/models.md": "distilbert.transformer.layer.0.ffn.lin2.input:",
+}
+MOST_WORDS = 1200
 COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    pip install")]
-TRAINER_EXAMPLE, PLUG_IN_EXAMPLE, SPEED_EXAMPLE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A Python block of a page; `reason`: why it is not run."""
+
+    code: str
+    reason: str
+
+
+def python_blocks(text: str) -> list[Block]:
+    """The fenced Python blocks, in order."""
+    found = re.findall(r"(?:^<!-- not run: (.+) -->\n+)?^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [Block(code, reason) for reason, code in found]
+
+
+def program_of(page: str) -> str:
+    """The blocks of a page that are run, as one program."""
+    return "\n".join(block.code for block in python_blocks(PAGES[page]) if not block.reason)
+
+
+def test_the_blocks_of_a_page_are_found():
+    text = "a\n```python\nx = 1\n```\n<!-- not run: needs a GPU -->\n\n```python\nx = 2\n```\n```\ny\n```\n"
+    assert python_blocks(text) == [Block("x = 1\n", ""), Block("x = 2\n", "needs a GPU")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_fence_that_says_python_is_a_block_that_compiles(page: str):
+    blocks = python_blocks(PAGES[page])
+    assert len(re.findall(r"```\s*(?:python|py)\b", PAGES[page])) == len(blocks)
+    for block in blocks:
+        compile(block.code, page, "exec")
+
+
+def test_every_page_with_blocks_is_run():
+    assert {page for page in PAGES if program_of(page)} == set(PRINTED)
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= MOST_WORDS
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_links_to_files_of_the_repository_lead_somewhere(page: str):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)):
+        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).is_file(), target
 
 
 def test_the_readme_has_the_two_commands():
@@ -58,13 +119,14 @@ def save_distilbert(folder: Path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path):
-    """A local Hub with the repositories that the README names, in small."""
+    """A local Hub with the repositories that README and docs name, in small."""
     model = save_bert(tmp_path / "model")
     data = Dataset.from_dict({"sentence": ["a gem", "a bore"] * 8, "label": [1, 0] * 8, "idx": list(range(16))})
     data.to_parquet(tmp_path / "rows.parquet")
     rows = (tmp_path / "rows.parquet").read_bytes()
     with FakeHub() as hub:
         hub.add("model", "google-bert/bert-base-uncased", model)
+        hub.add("model", "textattack/bert-base-uncased-SST-2", model)
         splits = ("train", "validation", "test")
         hub.add("dataset", "stanfordnlp/sst2", {f"data/{split}-00000-of-00001.parquet": rows for split in splits})
         listed = "".join(f"  - split: {split}\n    path: sst2/{split}-*\n" for split in splits)
@@ -86,36 +148,29 @@ def run_at(hub: FakeHub, words: list[str], folder: Path) -> str:
     return done.stdout
 
 
+def save_packed_bert(folder: Path, source: Path) -> None:
+    """What the quick start leaves: a packed BERT with its tokenizer."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    pack_(BinaryBertForSequenceClassification.from_pretrained(source)).save_pretrained(folder)
+
+
 @pytest.mark.slow
-def test_the_readmes_example_runs(hub, tmp_path):
-    assert TRAINER_EXAMPLE.count("\n") <= 15
-    (tmp_path / "example.py").write_text(TRAINER_EXAMPLE)
-    assert "'score':" in run_at(hub, [sys.executable, "example.py"], tmp_path)
-
-
 @pytest.mark.multiprocess
-def test_the_readmes_example_of_another_architecture_runs(hub, tmp_path):
-    (tmp_path / "example.py").write_text(PLUG_IN_EXAMPLE)
-    printed = run_at(hub, [sys.executable, "example.py"], tmp_path)
-    assert "distilbert.transformer.layer.0.ffn.lin2.input:" in printed
-    config = json.loads((tmp_path / "distilbert-binary" / "config.json").read_text())
-    assert config["quantization_config"]["weight_format"] == "packed"
-
-
-@pytest.mark.multiprocess
-def test_the_readmes_example_of_an_optimized_model_runs(hub, tmp_path):
-    packed = pack_(BinaryBertForSequenceClassification.from_pretrained(save_bert(tmp_path / "float")))
-    shutil.copytree(
-        tmp_path / "float", tmp_path / "quickstart" / "packed", ignore=shutil.ignore_patterns("*.safetensors")
-    )
-    packed.save_pretrained(tmp_path / "quickstart" / "packed")
-    (tmp_path / "example.py").write_text(SPEED_EXAMPLE)
-    assert "'score':" in run_at(hub, [sys.executable, "example.py"], tmp_path)
+@pytest.mark.parametrize("page", PRINTED)
+def test_the_examples_of_a_page_run(page: str, hub, tmp_path):
+    save_packed_bert(tmp_path / "quickstart" / "packed", tmp_path / "model")
+    (tmp_path / "example.py").write_text(program_of(page))
+    assert PRINTED[page] in run_at(hub, [sys.executable, "example.py"], tmp_path)
+    for folder in ("distilbert-binary", "sst2-binary"):  # whatever is saved is packed
+        if (tmp_path / folder).exists():
+            config = json.loads((tmp_path / folder / "config.json").read_text())
+            assert config.get("quantization_config", config)["weight_format"] == "packed"
 
 
 def command_of(start: str) -> list[str]:
-    """The words of the README's command that starts so."""
-    (command,) = re.findall(rf"^    ({re.escape(start)}.*?[^\\])\n", README, re.DOTALL | re.MULTILINE)
+    """The words of the one command of the pages that starts so."""
+    text = "\n".join(PAGES.values())
+    (command,) = re.findall(rf"^    ({re.escape(start)}.*?[^\\])\n", text, re.DOTALL | re.MULTILINE)
     return shlex.split(command.replace("\\\n", " ").replace("scripts/", f"{ROOT}/scripts/"))
 
 
@@ -128,7 +183,7 @@ def check_run(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_the_readmes_run_glue_command_runs(hub, tmp_path):
+def test_the_run_glue_command_of_the_guide_runs(hub, tmp_path):
     words = command_of("accelerate launch scripts/run_glue.py")
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:], "--max_steps", "2", "--use_cpu"]
     run_at(hub, words, tmp_path)
@@ -136,11 +191,34 @@ def test_the_readmes_run_glue_command_runs(hub, tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_the_readmes_run_image_classification_command_runs(hub, tmp_path):
+def test_the_run_image_classification_command_of_the_guide_runs(hub, tmp_path):
     words = command_of("python scripts/run_image_classification.py")
     run_at(hub, [sys.executable, *words[1:], "--max_steps", "2", "--use_cpu"], tmp_path)
     check_run(tmp_path / "cifar10-binary")
 
 
-def test_the_readmes_tables_are_those_of_the_committed_figures():
-    assert update_readme.updated(README) == README
+@pytest.mark.parametrize("file", update_readme.documents())
+def test_the_generated_blocks_are_those_of_the_committed_figures(file: str):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert update_readme.updated(text, update_readme.documents()[file], file) == text
+
+
+def test_every_marked_block_is_generated():
+    marked = {page: set(re.findall(r"^<!-- /(\w+) -->$", text, re.MULTILINE)) for page, text in PAGES.items()}
+    generated = {file: set(blocks) for file, blocks in update_readme.documents().items()}
+    assert {page: names for page, names in marked.items() if names} == generated
+
+
+def test_a_missing_or_repeated_place_of_a_block_is_an_error():
+    with pytest.raises(ValueError, match=r"docs/a.md has 0 places marked <!-- speed -->: expected 1"):
+        update_readme.updated("", {"speed": "fast"}, "docs/a.md")
+    with pytest.raises(ValueError, match="has 2 places"):
+        update_readme.updated("<!-- speed -->\n<!-- /speed -->\n" * 2, {"speed": "fast"})
+
+
+def test_a_method_that_was_not_measured_says_so():
+    rows = [{"name": "ste", "tokens": 512, "over_ste": 1.0}, {"name": "xnor", "tokens": 8, "over_ste": 2.0}]
+    lines = update_readme.methods_table({"rows": rows}).splitlines()
+    assert lines[2].endswith("| 1.00 |")
+    assert {line.rpartition(" | ")[2] for line in lines[3:]} == {"not measured |"}
+    assert len(lines) == 2 + len(METHODS) + 1

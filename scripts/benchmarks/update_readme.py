@@ -1,4 +1,6 @@
-"""Write the README's tables anew from the figures in scripts/benchmarks/results, which the benchmarks wrote.
+"""Rewrite the generated blocks of README.md and docs from the figures in scripts/benchmarks/results.
+
+A block stands between the lines `<!-- name -->` and `<!-- /name -->`. The benchmarks write the figures.
 
 python scripts/benchmarks/update_readme.py
 """
@@ -14,20 +16,20 @@ from hf_bnn.methods import METHODS, Surge
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
+NOT_MEASURED = "not measured"
 
 
 def methods_table(benchmark: dict) -> str:
-    """Every method of the table, with what a step of it costs over the straight-through estimator's."""
+    """Every method, with the cost of its step relative to the straight-through estimator's, where it was measured."""
     cost = {row["name"]: row["over_ste"] for row in benchmark["rows"] if row["tokens"] == 512}
     lines = ["| method | paper | idea | cost |", "|---|---|---|---|"]
     for name, cls in METHODS.items():
         measured = {row: value for row, value in cost.items() if row.split("-")[0] == name}
-        if not measured:
-            raise ValueError(f"no cost of {name!r} in the benchmark: run scripts/benchmarks/bench_training.py again")
-        text = ", ".join(f"{value:.2f}{label(row)}" for row, value in measured.items())
+        text = ", ".join(f"{value:.2f}{label(row)}" for row, value in measured.items()) or NOT_MEASURED
         lines.append(f"| `{name}` | {cls.paper} | {cls.idea} | {text} |")
     elastic = "learned scale and threshold of the inputs, with any method; the default for transformers"
-    lines.append(f'| config `levels="elastic"` | BiT, arXiv 2205.13016 | {elastic} | {cost["elastic"]:.2f} |')
+    text = f"{cost['elastic']:.2f}" if "elastic" in cost else NOT_MEASURED
+    lines.append(f'| config `levels="elastic"` | BiT, arXiv 2205.13016 | {elastic} | {text} |')
     return "\n".join(lines)
 
 
@@ -139,12 +141,29 @@ def speed_text(benchmark: dict, others: dict[str, dict]) -> str:
     where = f"{machine['backend']} kernels, {machine['cpu']}, torch {machine['torch']}"
     threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     lines += ["", f"{fewest_to_most} rounds, {threads}, {where}. {losses(benchmark)}"]
-    if "bert_base_s128_b1_all" in rows:
-        lines += ["", f"![Speed of whole models over float32]({CHART})", ""]
+    lines.append("")
     if "memory" in benchmark:
         lines.append(memory_line(benchmark["memory"]))
     lines += [other_line(label, others[end]) for end, label in OTHER_RUNS.items() if end in others]
     return "\n".join(lines)
+
+
+SUMMARY_ROWS = {
+    "bert_base_s128_b1_ffn": "BERT-base, 128 tokens",
+    "bert_base_s128_b1_all": "the same, attention products binary",
+    "vit_b16_b1_all": "ViT-B/16, attention products binary",
+    "resnet18_b1": "ResNet-18",
+}
+
+
+def speed_summary(benchmark: dict) -> str:
+    """The README's chart, and a sentence with the figures of four models."""
+    rows = {row["name"]: row["speedup_fp32"] for row in benchmark["rows"]}
+    found = "; ".join(f"{text}: {rows[name]:.1f}" for name, text in SUMMARY_ROWS.items() if name in rows)
+    machine = benchmark["environment"]
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    where = f"{machine['cpu']}, {machine['backend']} kernels, {threads}, batch 1"
+    return f"![Speed of whole models over float32]({CHART})\n\nTimes faster than float32 ({where}). {found}."
 
 
 def milliseconds(value: float) -> str:
@@ -200,28 +219,39 @@ def images_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def updated(text: str) -> str:
-    """The README with its generated parts as the committed figures have them."""
+def documents() -> dict[str, dict[str, str]]:
+    """The generated blocks of every Markdown file that has some: {path from the root: {block's name: text}}."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("quickstart*.json"))]
-    parts = {
-        "runs": runs_table(runs),
-        "images": images_table(RESULTS),
-        "speed": speed_text(*speed_results(RESULTS)),
-        "methods": methods_table(json.loads((RESULTS / "bench_training.json").read_text())),
-        "orders": orders_table(json.loads((RESULTS / "stompp_order.json").read_text())),
-        "fsg": fsg_text(json.loads((RESULTS / "fsg.json").read_text())),
-        "quickstart": quickstart_table(json.loads((RESULTS / "quickstart.json").read_text())),
+    benchmark, others = speed_results(RESULTS)
+    quickstart, training, orders, fsg = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("quickstart", "bench_training", "stompp_order", "fsg")
+    )
+    return {
+        "README.md": {"quickstart": quickstart_table(quickstart), "chart": speed_summary(benchmark)},
+        "docs/pages/evidence.md": {"runs": runs_table(runs), "images": images_table(RESULTS)},
+        "docs/pages/methods.md": {
+            "methods": methods_table(training),
+            "orders": orders_table(orders),
+            "fsg": fsg_text(fsg),
+        },
+        "docs/pages/speed.md": {"speed": speed_text(benchmark, others)},
     }
-    for name, table in parts.items():
+
+
+def updated(text: str, blocks: dict[str, str], file: str = "README.md") -> str:
+    """The text of `file` with its generated blocks as the committed figures have them."""
+    for name, block in blocks.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+        text, count = pattern.subn(lambda match, block=block: f"{match[1]}{block}\n{match[2]}", text)
         if count != 1:
-            raise ValueError(f"README.md has {count} places marked <!-- {name} -->: expected 1")
+            raise ValueError(f"{file} has {count} places marked <!-- {name} -->: expected 1")
     return text
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
-    readme = ROOT / "README.md"
-    readme.write_text(updated(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for file, blocks in documents().items():
+        path = ROOT / file
+        path.write_text(updated(path.read_text(encoding="utf-8"), blocks, file), encoding="utf-8")
