@@ -1,4 +1,4 @@
-"""What measurements depend on, and how they are made: the machine, and rounds in which all that is timed takes turns."""
+"""What measurements depend on, and how they are made: the machine, and rounds in which the timed calls take turns."""
 
 import os
 import platform
