@@ -55,8 +55,8 @@ def compare(words: list[str]) -> int:
     parser = Parser(
         "compare",
         "Train with each method and each seed on the same data, and compare the results with those of the first "
-        "method.\nAll further arguments are those of `hf-bnn train text` or `hf-bnn train images`. A stopped comparison "
-        "goes on\nwith the same command; finished runs are used again.",
+        "method.\nAll further arguments are those of `hf-bnn train text` or `hf-bnn train images`.\n"
+        "A stopped comparison goes on with the same command; finished runs are used again.",
         "hf-bnn compare text --methods ste surge:eta=0.1,aux=leaky --seeds 0 1 2 3 4 --output_dir comparison "
         "--model_name_or_path google-bert/bert-base-uncased --train_file train.csv --validation_file test.csv",
     )
@@ -151,6 +151,7 @@ def finished_run(kind: str, method: str, seed: int, output: Path, passed: list[s
         write_atomically(folder / RECORD, json.dumps(record) + "\n")
         code, peak = launch(kind, [*words, "--output_dir", str(folder), "--resume_from_checkpoint", "auto"])
         if code:
+            forget(folder)
             return code
         record["peak_bytes"] = peak
         write_atomically(folder / RECORD, json.dumps(record) + "\n")
@@ -159,6 +160,13 @@ def finished_run(kind: str, method: str, seed: int, output: Path, passed: list[s
         raise UsageError(f"{folder} has no {RESULTS} though its run has ended: delete the folder to run it again")
     seconds = None if record["begun"] else metrics.get("train_runtime")
     return Run(method, seed, folder, metrics, seconds, record["peak_bytes"])
+
+
+def forget(folder: Path) -> None:
+    """Remove the folder of a run that has written nothing: its arguments were wrong, and are to be changed."""
+    if [path.name for path in folder.iterdir()] == [RECORD]:
+        (folder / RECORD).unlink()
+        folder.rmdir()
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -177,7 +185,7 @@ def read(path: Path) -> dict[str, Any] | None:
 def launch(kind: str, words: list[str]) -> tuple[int, int | None]:
     """Run the task in a process of its own, its output on stderr; its exit code, and its peak of memory in bytes."""
     command = [sys.executable, "-m", __name__.partition(".")[0], "train", kind, *words]
-    process = subprocess.Popen(command, stdout=sys.stderr.fileno())
+    process = subprocess.Popen(command, stdout=2)
     try:
         if not hasattr(os, "wait4"):
             return process.wait(), None
@@ -253,7 +261,10 @@ def advice(rows: list[dict[str, Any]], metric: str, seeds: int) -> str:
         return "One seed shows nothing about which method is better: give five or more with --seeds."
     clear = [row for row in others if row["interval"] and (row["interval"][0] > 0 or row["interval"][1] < 0)]
     if not clear:
-        return f"These {seeds} seeds do not show that any method differs from {first} in {metric}: choose the cheaper."
+        return (
+            f"These {seeds} seeds do not show that any method differs from {first} in {metric}, nor that they are "
+            "equal: more seeds make the intervals narrower."
+        )
     lower = metric.removeprefix("eval_").removesuffix("_mm") in LOWER_IS_BETTER
     said = []
     for row in clear:
