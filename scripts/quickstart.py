@@ -17,10 +17,10 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from random import Random
-from statistics import median
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,6 +47,7 @@ from hf_bnn import (
     summary,
 )
 from hf_bnn.integrity import MANIFEST, is_complete, verify_manifest, write_atomically, write_manifest
+from hf_bnn.machine import median_ms
 from hf_bnn.tasks.glue_metric import GlueMetric
 from hf_bnn.training.allocator import keep_freed_memory
 from hf_bnn.training.checked_trainer import CheckedTrainer, last_complete_checkpoint
@@ -328,14 +329,9 @@ def logits_of(model, tokenizer, sentences: Dataset) -> torch.Tensor:
 def latency(models: dict[str, torch.nn.Module], batch: int, rounds: int) -> dict[str, float]:
     """Median milliseconds of a forward pass of `batch` sequences of 64 tokens, the models taking turns."""
     ids = torch.randint(1000, 20000, (batch, MAX_LENGTH), generator=torch.Generator().manual_seed(0))
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 3):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
-            if turn >= 3:  # the first turns warm up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(values) for name, values in times.items()}
+    mask = torch.ones_like(ids)
+    calls = {name: partial(model, input_ids=ids, attention_mask=mask) for name, model in models.items()}
+    return median_ms(calls, rounds)
 
 
 def file_bytes(folder: Path) -> int:

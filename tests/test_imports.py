@@ -17,7 +17,7 @@ from hf_bnn import pack_
 
 PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
-    {"observers", "integrity", "moved"},
+    {"machine", "observers", "integrity", "moved"},
     {"functional"},
     {"methods", "kernels"},
     {"nn"},
@@ -28,9 +28,11 @@ FLOORS = [
     {"training"},
     {"__init__"},
     {"tasks"},
+    {"cli"},
+    {"__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-MAY_IMPORT_TRANSFORMERS = {"models", "training", "tasks"}
+MAY_IMPORT_TRANSFORMERS = {"models", "training", "tasks", "cli"}
 
 
 class Import(NamedTuple):

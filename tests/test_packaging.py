@@ -122,6 +122,8 @@ class TestDistribution:
         assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]
         with zipfile.ZipFile(wheel) as files:
             names = files.namelist()
+            (entries,) = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
+            assert files.read(entries).decode().split() == ["[console_scripts]", "hf-bnn", "=", "hf_bnn.cli:main"]
         assert [name for name in names if "/_library." in name] == ["hf_bnn/kernels/_library.abi3.so"]
         assert "hf_bnn/py.typed" in names
         assert not [name for name in names if name.startswith(("tests", "scripts")) or "csrc" in name]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-from sklearn.metrics import f1_score, precision_recall_fscore_support
 from transformers import Trainer
 
 from .labels import Labels
@@ -46,6 +45,8 @@ class ClassificationMetrics:
 
     def __call__(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         """The scores of what is `predicted`, against classes or 1 and 0 of each."""
+        from sklearn.metrics import f1_score, precision_recall_fscore_support  # predictions alone do without it
+
         names, references = self.labels.names, references.astype(int)
         if self.labels.multi_label:
             right = (predictions == references).all(1)

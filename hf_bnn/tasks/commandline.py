@@ -19,9 +19,8 @@ from transformers import HfArgumentParser, PreTrainedConfig
 
 from ..integrity import CorruptCheckpointError
 from ..training.arguments import BinaryTrainingArguments
-from ..training.checked_trainer import NonFiniteTrainingError
 from ..training.checkpoints import chosen_checkpoint
-from .errors import UsageError
+from .errors import UsageError, exit_code
 
 
 @contextmanager
@@ -127,20 +126,12 @@ def check_packed_structure(name: str, structure: dict[str, Any], stored: PreTrai
             )
 
 
-def shown(values: list[Any]) -> str:
-    """The first of many values."""
-    return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
-
-
 def run(main: Callable[[], object]) -> None:
     """Run a script's `main`; what the user can set right ends it with one line and exit code 2, bad files with 1."""
     try:
         main()
-    except UsageError as error:
-        # From a worker of a DataLoader it comes with a traceback before it.
-        text = str(error).strip().splitlines()[-1].rpartition(f"{UsageError.__name__}: ")[2]
-        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
-        sys.exit(2)
-    except (CorruptCheckpointError, NonFiniteTrainingError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: {type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+    except Exception as error:
+        code = exit_code(error, os.path.basename(sys.argv[0]))
+        if code is None:
+            raise
+        sys.exit(code)

@@ -10,8 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .commandline import shown
-from .errors import UsageError
+from .errors import UsageError, shown
 
 logger = logging.getLogger(__name__)
 

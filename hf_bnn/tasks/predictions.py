@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from transformers import Trainer
@@ -26,11 +26,13 @@ def predict_in_order(trainer: Trainer, dataset: Any) -> np.ndarray:
         trainer.args.train_sampling_strategy = strategy
 
 
-def write_predictions(path: Path, logits: np.ndarray, labels: Labels, inputs: dict[str, Iterable[Any]]) -> None:
-    """Write a tsv with a row for each prediction; `inputs` are the columns that say what it is about.
+def prediction_columns(
+    logits: np.ndarray, labels: Labels, inputs: dict[str, Iterable[Any]]
+) -> dict[str, Iterable[Any]]:
+    """The table of predictions, by column; `inputs` are the columns that say what it is about.
 
     Columns: `index` if it is among the inputs; `prediction`; for classes `score`, the probability of the predicted one,
-    and that of each; then the other inputs. Fields with tabs, quotes or line ends are quoted as in a csv.
+    and that of each; then the other inputs.
     """
     inputs, values = dict(inputs), predicted(logits, labels)
     columns: dict[str, Iterable[Any]] = {"index": inputs.pop("index")} if "index" in inputs else {}
@@ -43,11 +45,20 @@ def write_predictions(path: Path, logits: np.ndarray, labels: Labels, inputs: di
             columns["score"] = [f"{row.max():.6f}" for row in chances]
         if len(labels.names) <= SCORED_CLASSES or labels.multi_label:
             columns |= {f"p({name})": [f"{p:.6f}" for p in chances[:, i]] for i, name in enumerate(labels.names)}
-    columns |= inputs
+    return columns | inputs
+
+
+def write_columns(file: TextIO, columns: dict[str, Iterable[Any]]) -> None:
+    """Write a tsv. Fields with tabs, quotes or line ends are quoted as in a csv."""
+    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+
+
+def write_predictions(path: Path, logits: np.ndarray, labels: Labels, inputs: dict[str, Iterable[Any]]) -> None:
+    """Write a tsv with a row for each prediction: see `prediction_columns`."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+        write_columns(file, prediction_columns(logits, labels, inputs))
 
 
 def said(value: Any, labels: Labels) -> str:

@@ -22,10 +22,10 @@ import torch
 from inference_cases import FP32, LAST, PRECISIONS, Call, Case, Contest
 from inference_layers import layer_cases
 from inference_models import encoder_memory, model_cases
-from machine import environment
 
 from hf_bnn import kernels
 from hf_bnn.kernels import library
+from hf_bnn.machine import environment
 
 ROOFLINE = "roofline"
 ROOFLINE_ROUNDS = 20_000

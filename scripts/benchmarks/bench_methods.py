@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from machine import environment
 from scipy.stats import t as student
 from small_nets import Data, digits, fashion_mnist, float_ends, plain_mlp, resnet
 from torch import Tensor, nn
 
 from hf_bnn import binarize_
 from hf_bnn.install import number_by_execution_
+from hf_bnn.machine import environment
 from hf_bnn.methods import STE, Fsg, Method, Step, Stompp
 from hf_bnn.training import begin_step, end_backward, hook_optimizer
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from machine import environment
 from torch import Tensor, nn
 
 from hf_bnn import binarize_
+from hf_bnn.machine import environment
 from hf_bnn.methods import METHODS, Method, Site, Step, Stompp, Surge
 from hf_bnn.methods.surge import AUX
 from hf_bnn.nn.levels import ElasticLevels, SignedLevels

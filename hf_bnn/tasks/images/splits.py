@@ -12,8 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict, load
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers import PreTrainedConfig
 
-from ..commandline import shown
-from ..errors import UsageError
+from ..errors import UsageError, shown
 from ..labels import (
     Labels,
     as_model_has_them,

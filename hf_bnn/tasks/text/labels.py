@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..commandline import shown
-from ..errors import UsageError
+from ..errors import UsageError, shown
 from ..labels import Labels, as_model_has_them, labels_of_model
 from .arguments import Arguments
 from .models import has_trained_head
