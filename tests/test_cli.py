@@ -1,5 +1,6 @@
 """The command line hf-bnn: every command on tiny models, wrong input, exit codes, and what stands on stdout."""
 
+import io
 import json
 import os
 import shutil
@@ -219,7 +220,7 @@ def test_pack_refuses_an_unfinished_stompp_run(capsys, models: Path, tmp_path: P
 # predict
 
 
-def test_predict_texts(capsys, models: Path, tmp_path: Path):
+def test_predict_texts(capsys, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     texts = [row["text"] for row in rows(16)]
     table = told(capsys, "predict", models / "packed", "--file", models / "rows.jsonl", "--batch_size", 5)
     lines = [line.split("\t") for line in table.splitlines()]
@@ -230,6 +231,8 @@ def test_predict_texts(capsys, models: Path, tmp_path: Path):
     assert found[0]["score"] == pytest.approx(float(lines[1][1]), abs=1e-5)
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     assert told(capsys, "predict", models / "packed", "--file", tmp_path / "texts.txt", "--batch_size", 5) == table
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts)))
+    assert told(capsys, "predict", models / "packed", "--file", "-", "--batch_size", 5) == table
 
 
 def test_predict_images(capsys, models: Path, tmp_path: Path):
