@@ -67,6 +67,7 @@ def test_the_divergence_is_the_tempered_one_of_each_row():
     student, teacher = torch.randn(3, 4), torch.randn(3, 4)
     expected = [kl(a, b, 2.0) for a, b in zip(student.tolist(), teacher.tolist(), strict=True)]
     assert divergence(student, teacher, 2.0).tolist() == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(divergence(student, teacher), divergence(student, teacher, 1.0))
     assert divergence(teacher, teacher).abs().max() < 1e-6
 
 

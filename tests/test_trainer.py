@@ -10,7 +10,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import EVERY_METHOD, method_id, tiny_batch, tiny_float_bert, tiny_model
-from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_bnn import BinaryTrainer, BinaryTrainingArguments, Fsg, IRNet, Surge, pack_
 from hf_bnn.install import calibrate_
@@ -192,6 +198,29 @@ def test_per_layer_statistics_are_in_the_log_history(tmp_path):
     assert [entry["step"] for entry in entries] == [1, 2]
     assert 0 < entries[0]["bert.encoder.layer.0.output.dense/lambda"] < 10
     assert len([key for key in entries[0] if key.endswith("/clipped")]) == 12
+    assert [entry["epoch"] for entry in entries] == [0.25, 0.5]
+
+
+class Logs(TrainerCallback):
+    """Keeps all that it is given to log."""
+
+    def __init__(self):
+        self.kept: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.kept.append(dict(logs))
+
+
+class Console(Logs, PrinterCallback):
+    pass
+
+
+def test_per_layer_statistics_go_to_the_trackers_and_not_to_the_console(tmp_path):
+    tracker, console = Logs(), Console()
+    trainer(tmp_path, method=Surge(), max_steps=2, callbacks=[tracker, console]).train()
+    for callback, told in ((tracker, 2), (console, 0)):
+        assert sum("loss" in logs for logs in callback.kept) == 2
+        assert sum("bert.encoder.layer.0.output.dense/lambda" in logs for logs in callback.kept) == told
 
 
 def test_the_tokens_of_a_second_are_logged_where_trainer_logs_them(tmp_path):
