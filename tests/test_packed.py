@@ -39,7 +39,7 @@ def test_a_packed_convolution_tells_of_its_geometry_what_the_latent_one_does():
     size = {"stride": 2, "padding": (1, 2), "dilation": 2, "groups": 2}
     latent = BinaryConv2d(8, 4, 3, **size)
     packed = PackedConv2d.from_latent(latent)
-    for name in (*nn.Conv2d.__constants__, "kernel_size"):
+    for name in (*nn.Conv2d.__constants__, "transposed"):
         assert getattr(packed, name) == getattr(latent, name), name
 
 

@@ -190,6 +190,13 @@ def test_another_run_is_not_resumed_and_the_field_is_named(run, text):
     assert "leave out resume_from_checkpoint" in str(caught.value)
 
 
+def test_a_batch_size_that_is_found_is_no_other_run(run):
+    again = trainer(run, **SETTINGS, per_device_train_batch_size=8, auto_find_batch_size=True)
+    assert again.train(resume_from_checkpoint=str(run / "checkpoint-2")).global_step == 4
+    with pytest.raises(ValueError, match="rows of a step was 4 and is 8"):
+        trainer(run, **SETTINGS, per_device_train_batch_size=8).train(resume_from_checkpoint=True)
+
+
 def test_all_fields_that_differ_are_in_one_message_the_graver_ones_first(run):
     again = trainer(run, tiny_model(weight_scaling="layer", levels="signed"), **SETTINGS, seed=3, weight_decay=0.5)
     with pytest.raises(ValueError, match="another run") as caught:
