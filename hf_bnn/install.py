@@ -101,6 +101,7 @@ def calibrate_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
     Without it elastic levels start at width 1, whatever the size of the activations. Levels that were fitted or loaded
     before stay as they are.
 
+    >>> from hf_bnn import binarize_
     >>> from hf_bnn.nn.levels import ElasticLevels
     >>> model = binarize_(nn.Sequential(nn.Linear(8, 8)), levels=lambda name: ElasticLevels())
     >>> _ = calibrate_(model, lambda: model(torch.full((4, 8), 0.25)))
