@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import importlib.util
 import json
 import os
 import subprocess
@@ -22,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 import hf_bnn
 from hf_bnn.nn.packed import is_packed
-from hf_bnn.tasks import commandline as commandline
+from hf_bnn.tasks import commandline
 from hf_bnn.tasks.text import data as text_data
+from hf_bnn.tasks.text import run as task
 from hf_bnn.tasks.text.arguments import TASK_COLUMNS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_glue.py"
@@ -80,16 +80,12 @@ def save_bert(folder: Path, trained: bool = True, **kwargs: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def run_glue() -> Iterator[ModuleType]:
-    """The script as a module; the verbosity that it sets is undone."""
-    spec = importlib.util.spec_from_file_location("run_glue", SCRIPT)
-    module = sys.modules["run_glue"] = importlib.util.module_from_spec(spec)
+    """What the script runs, as a module; the verbosity that it sets is undone."""
     before = get_verbosity(), transformers_logging.get_verbosity()
-    spec.loader.exec_module(module)
-    yield module
+    yield task
     set_verbosity(before[0])
     transformers_logging.set_verbosity(before[1])
     transformers_logging.reset_format()
-    del sys.modules["run_glue"]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """scripts/run_image_classification.py: on folders, datasets and streams, on wrong input, resumed, in two processes."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -35,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from hf_bnn import BinaryViTForImageClassification, pack_
 from hf_bnn.nn.layers import binary_layers
 from hf_bnn.nn.packed import is_packed
+from hf_bnn.tasks.images import run as task
 from hf_bnn.tasks.images.arguments import ModelArguments, parse_overrides
 from hf_bnn.tasks.images.data import Collator
 from hf_bnn.tasks.images.inputs import SMALL_CONFIGS, check_small_images
@@ -108,16 +108,12 @@ def save_vit(folder: Path, trained: bool = True, mean: float = 0.5, **kwargs: An
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    """The script as a module; the verbosity that it sets is undone."""
-    spec = importlib.util.spec_from_file_location("run_image_classification", SCRIPT)
-    module = sys.modules["run_image_classification"] = importlib.util.module_from_spec(spec)
+    """What the script runs, as a module; the verbosity that it sets is undone."""
     before = get_verbosity(), transformers_logging.get_verbosity()
-    spec.loader.exec_module(module)
-    yield module
+    yield task
     set_verbosity(before[0])
     transformers_logging.set_verbosity(before[1])
     transformers_logging.reset_format()
-    del sys.modules["run_image_classification"]
 
 
 @pytest.fixture

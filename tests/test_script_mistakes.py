@@ -16,7 +16,7 @@ from test_run_image_classification import save_vit, table, write_folder, write_p
 from transformers.utils import logging as transformers_logging
 
 from hf_bnn import BinaryViTForImageClassification, pack_
-from hf_bnn.tasks import commandline as commandline
+from hf_bnn.tasks import commandline
 from hf_bnn.tasks.argument_checks import OutputArguments, check_output_dir
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

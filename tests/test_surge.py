@@ -425,8 +425,9 @@ def test_under_autocast_the_output_is_the_base_operators_and_the_gradients_are_c
 
 
 @pytest.mark.parametrize("aux", AUX)
-def test_a_model_trains_under_autocast(aux: str):
-    net = make_net("bert", Surge(aux=aux, rank=4))
+@pytest.mark.parametrize("kind", ["bert", "resnet"])
+def test_a_model_trains_under_autocast(kind: str, aux: str):
+    net = make_net(kind, Surge(aux=aux, rank=4))
     net.model.forward = torch.autocast("cpu", torch.bfloat16)(net.model.forward)
     losses = train_steps(net, optimizer_of(net), range(10))
     assert losses[-1] < 0.5 * losses[0]

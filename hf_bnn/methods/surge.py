@@ -75,8 +75,9 @@ class _Open(torch.autograd.Function):
 
 def _dense(product, G: Tensor, x: Tensor, aux: list[Tensor], needed: tuple[bool, ...]):
     """g_a = G W_a and the branch's own gradient G^T x, before lambda."""
+    x = x.to(G.dtype)  # one dtype: under autocast, torch's adjoint of a convolution takes no mixture on every processor
     extra = product.grad_input(G, x, aux[0])
-    return extra, [product.grad_weight(G, x.to(G.dtype), aux[0]) if needed[0] else None]
+    return extra, [product.grad_weight(G, x, aux[0]) if needed[0] else None]
 
 
 def _lowrank(G: Tensor, x: Tensor, aux: list[Tensor]):
