@@ -12,7 +12,7 @@ from .fused import restore_
 from .install import binary_fraction, drop_method, install_method
 from .nn.fast_path import leave_fast_path_
 from .nn.finite import check_finite, tensors_to_check
-from .nn.layers import BINARY, WeightedLayer, binary_layers
+from .nn.layers import BINARY_CLASSES, WeightedLayer, binary_layers
 from .nn.levels import LearnedLevels, SignedLevels
 from .nn.packed import PACKED, is_packed
 from .selection import choose_layers, default_exclude, pattern_list
@@ -91,29 +91,30 @@ def to_binary_(
         if module not in layers:
             return None
         input_levels = levels(layers[module]) if levels else None
-        return BINARY[type(module)].from_float(module, binarize, input_levels, weight_scaling)
+        return BINARY_CLASSES[type(module)].from_float(module, binarize, input_levels, weight_scaling)
 
     replace_modules(model, binary)
     return leave_fast_path_(model)
 
 
 @torch.no_grad()
-def pack_(model: nn.Module, commit: bool = False) -> nn.Module:
+def pack_(model: nn.Module, allow_unfinished: bool = False) -> nn.Module:
     """Replace latent weights by their bits, in place, and switch to evaluation. The model can no longer be trained.
 
     Raises ValueError if there is nothing to pack, for a weight, scale, level or normalization that is NaN or infinite,
     and for a model that its method has not finished making binary (a StoMPP run that was stopped early), unless
-    `commit` says that it is to be binary nevertheless. The model is then as it was.
+    `allow_unfinished` is set. The model then stays as it was.
 
     >>> model = pack_(binarize_(nn.Sequential(nn.Linear(8, 8))))
     >>> model[0].weight.dtype, model[0].weight.shape
     (torch.uint8, torch.Size([8, 1]))
     """
 
-    if (fraction := binary_fraction(model)) < 1 and not commit:
+    if (fraction := binary_fraction(model)) < 1 and not allow_unfinished:
         raise ValueError(
             f"the method has made only {fraction:.3f} of this {type(model).__name__} binary: packed, it would compute "
-            "something else than it was trained to. Train to the end, or pack it all the same with commit=True"
+            "something else than it was trained to. Train to the end, or pack it all the same with "
+            "allow_unfinished=True"
         )
 
     def packed(name: str, module: nn.Module) -> nn.Module | None:
@@ -135,17 +136,17 @@ def pack_(model: nn.Module, commit: bool = False) -> nn.Module:
         reason = "it is packed already" if is_packed(model) else "it has no binary weights and no rounded embeddings"
         raise ValueError(f"nothing to pack in {type(model).__name__}: {reason}")
     drop_method(model)
-    record_format(model)
+    set_weight_format(model)
     return leave_fast_path_(model).eval()
 
 
-def record_format(model: nn.Module) -> None:
+def set_weight_format(model: nn.Module) -> None:
     """Write into the configs of the models in `model`, in place, whether their weights are packed.
 
     Nested ones as well: the config of a detector holds that of its backbone, by which it is built again.
     """
     for module in model.modules():
-        record = getattr(module, "record", None)
+        record = getattr(module, "binary_config", None)
         if hasattr(record, "weight_format"):
             latent = "float" if record.binarize == "none" else "latent"
             record.weight_format = "packed" if is_packed(module) else latent
@@ -181,7 +182,7 @@ def unpack_(model: nn.Module) -> nn.Module:
     restore_(model)
     if not replace_modules(model, latent):
         raise ValueError(f"nothing to unpack: {type(model).__name__} has no packed layer")
-    record_format(model)
+    set_weight_format(model)
     return install_method(model)
 
 

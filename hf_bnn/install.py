@@ -12,7 +12,7 @@ from .nn.fast_path import leave_fast_path_
 from .nn.layers import BinaryLayer, binary_layers
 
 if TYPE_CHECKING:  # at run time only training needs the methods: inference works without them
-    from .methods.base import Method, Part, Place, Site
+    from .methods.base import Method, Part, Position, Site
 
 
 def install_method(model: nn.Module, method: Method | None = None) -> nn.Module:
@@ -47,7 +47,7 @@ def number_by_execution_(model: nn.Module, run: Callable[[], object]) -> nn.Modu
     layers = [*inputs, *(layer for layer in binary_layers(model) if layer not in inputs)]
     groups = [id(inputs.get(layer, layer)) for layer in layers]
     for layer, site in zip(layers, _sites(model, layers, groups), strict=True):
-        layer.place(site)
+        layer.set_site(site)
     return model
 
 
@@ -56,20 +56,20 @@ def _sites(model: nn.Module, layers: list[BinaryLayer], groups: list[int] | None
     from .methods.base import Site
 
     blocks = _blocks(model)
-    group_places = _places(groups or list(range(len(layers))))
-    block_places = _places([blocks[layer] for layer in layers])
+    group_positions = _positions(groups or list(range(len(layers))))
+    block_positions = _positions([blocks[layer] for layer in layers])
     for index, layer in enumerate(layers):
         weight = getattr(layer, "weight", None)
         shape = None if weight is None else tuple(weight.shape)
-        yield Site(index, len(layers), shape, group=group_places[index], block=block_places[index])
+        yield Site(index, len(layers), shape, group=group_positions[index], block=block_positions[index])
 
 
-def _places(keys: list) -> list[Place]:
+def _positions(keys: list) -> list[Position]:
     """Equal keys share a place; places count up in the order in which their keys come first."""
-    from .methods.base import Place
+    from .methods.base import Position
 
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return [Place(numbers[key], len(numbers)) for key in keys]
+    return [Position(numbers[key], len(numbers)) for key in keys]
 
 
 def _blocks(model: nn.Module) -> dict[BinaryLayer, str]:

@@ -14,7 +14,7 @@ from .summary import summary
 TO_DO = "More information needed"  # what transformers writes where it knows nothing
 
 LAYERS = "of its linear and convolution layers but those below"
-BINARY = {
+WHAT_IS_BINARY = {
     "both": f"weights and inputs {LAYERS}",
     "weights": f"weights (inputs are float) {LAYERS}",
     "activations": f"inputs (weights are float) {LAYERS}",
@@ -36,7 +36,7 @@ class Facts(NamedTuple):
 
 def facts_of(model: nn.Module, packed: bool) -> Facts:
     """The facts of a latent or a packed transformers model that is saved `packed`."""
-    record, counted = model.record.to_dict(), summary(model)
+    record, counted = model.binary_config.to_dict(), summary(model)
     plugged_in = record.get("quant_method") is not None
     trained = record.get("method") or getattr(model.config, "method", None) or {}
     settings = ", ".join(f"{key}={value}" for key, value in trained.items() if key not in ("name", "class"))
@@ -50,7 +50,7 @@ def description(facts: Facts) -> str:
     """The section on what the model is, Markdown without a heading."""
     field = facts.structure.get
     rows = [
-        ("binary", BINARY[field("binarize", "both")]),
+        ("binary", WHAT_IS_BINARY[field("binarize", "both")]),
         ("levels of the inputs", field("levels")),
         ("levels of the inputs behind GELU", field("ffn_levels")),
         ("products of attention", field("attention")),

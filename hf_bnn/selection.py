@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .nn.direct_reads import reads_weight
-from .nn.layers import BINARY, padding_of
+from .nn.layers import BINARY_CLASSES, padding_of
 
 FLOAT_NAMES = ("*pooler*", "*patch_embed*")
 KINDS = "nn.Linear or nn.Conv2d"
@@ -54,7 +54,7 @@ def candidates(model: nn.Module) -> dict[nn.Module, list[str]]:
     """The layers of the kinds that have a binary form, each with all its names: a shared one has several."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name and type(module) in BINARY:  # the model itself cannot be replaced in place
+        if name and type(module) in BINARY_CLASSES:  # the model itself cannot be replaced in place
             found.setdefault(module, []).append(name)
     return found
 
@@ -81,10 +81,12 @@ def choose_layers(
         raise ValueError(f"{name!r} cannot be binary: {reason}. Add {name!r} to exclude")
     if not chosen:
         within = "" if include is None else f"within include={include} and "
-        others = Counter(type(m).__name__ for m in model.modules() if hasattr(m, "weight") and type(m) not in BINARY)
+        others = Counter(
+            type(m).__name__ for m in model.modules() if hasattr(m, "weight") and type(m) not in BINARY_CLASSES
+        )
         raise ValueError(
             f"nothing to binarize in {type(model).__name__}: no layer {within}outside exclude={exclude} is one of "
-            f"{[cls.__name__ for cls in BINARY]}. Its other modules with weights, which cannot be binary, are "
+            f"{[cls.__name__ for cls in BINARY_CLASSES]}. Its other modules with weights, which cannot be binary, are "
             f"{dict(others)}"
         )
     return chosen
@@ -177,7 +179,7 @@ def _read_directly(model: nn.Module) -> dict[nn.Module, str]:
         layer: type(parent).__name__
         for parent in model.modules()
         for name, layer in parent._modules.items()
-        if type(layer) in BINARY and reads_weight(parent, name)
+        if type(layer) in BINARY_CLASSES and reads_weight(parent, name)
     }
 
 

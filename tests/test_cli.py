@@ -211,7 +211,7 @@ def test_pack_refuses_an_unfinished_stompp_run(capsys, models: Path, tmp_path: P
     line = error(capsys, "pack", run / "checkpoint-1", tmp_path / "packed")
     assert "the method has made only" in line
     assert not (tmp_path / "packed").exists()
-    told(capsys, "pack", run / "checkpoint-1", tmp_path / "committed", "--commit")
+    told(capsys, "pack", run / "checkpoint-1", tmp_path / "committed", "--allow_unfinished")
     told(capsys, "pack", run / "checkpoint-4", tmp_path / "finished")
     one, other = (BinaryBertForSequenceClassification.from_pretrained(p) for p in (tmp_path / "finished", run))
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())

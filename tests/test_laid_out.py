@@ -19,13 +19,13 @@ def test_a_layout_is_kept_for_one_backend_only(kind: str):
     x = torch.randn(shape)
     with kernels.using(kernels.available()[0]):
         expected = layer(x)
-        panels = layer.laid_out()
-        assert layer.laid_out() is panels
+        panels = layer.operands()
+        assert layer.operands() is panels
         assert panels[0].data.dtype == torch.int32
         with kernels.using("torch"):
-            signs = layer.laid_out()
-            assert layer.laid_out() is signs
+            signs = layer.operands()
+            assert layer.operands() is signs
             assert signs[0].data.dtype == torch.int8
             assert torch.equal(layer(x), expected)
-        assert layer.laid_out()[0].data.dtype == torch.int32
+        assert layer.operands()[0].data.dtype == torch.int32
         assert torch.equal(layer(x), expected)

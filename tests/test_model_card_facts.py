@@ -12,7 +12,7 @@ from hf_bnn.model_card import facts_of
 
 def model(record: dict[str, Any], **config: Any) -> nn.Module:
     made = binarize_(nn.Sequential(nn.Linear(64, 8, bias=False), nn.LayerNorm(8)))
-    made.record, made.config = SimpleNamespace(to_dict=lambda: record), SimpleNamespace(**config)
+    made.binary_config, made.config = SimpleNamespace(to_dict=lambda: record), SimpleNamespace(**config)
     return made
 
 
@@ -50,6 +50,6 @@ def test_the_facts_are_those_of_the_model_and_its_record():
 
 def test_without_binary_weights_there_is_nothing_to_compress():
     made = nn.Sequential(nn.Linear(4, 4))
-    made.record, made.config = SimpleNamespace(to_dict=dict), SimpleNamespace()
+    made.binary_config, made.config = SimpleNamespace(to_dict=dict), SimpleNamespace()
     facts = facts_of(made, packed=False)
     assert (facts.binary_share, facts.matrix_compression) == (0.0, None)

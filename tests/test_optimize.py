@@ -270,7 +270,7 @@ def test_nothing_is_kept_from_a_call():
     with torch.no_grad():
         text(model)
     assert resident_bytes(model) == before
-    assert all(m._laid_out is None for m in model.modules() if isinstance(m, KernelLinear))
+    assert all(m._prepared is None for m in model.modules() if isinstance(m, KernelLinear))
 
 
 # files

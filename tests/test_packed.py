@@ -83,8 +83,8 @@ compiled = pytest.mark.skipif(kernels.available() == ("torch",), reason="no comp
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_bits_are_laid_out_once_and_again_when_they_change(kind: str, monkeypatch):
     layer, x = packed_pair(ElasticLevels, kind)
-    made, lay_out = [], type(layer).lay_out
-    monkeypatch.setattr(type(layer), "lay_out", lambda self: made.append(1) or lay_out(self))
+    made, make_operands = [], type(layer).make_operands
+    monkeypatch.setattr(type(layer), "make_operands", lambda self: made.append(1) or make_operands(self))
     with torch.no_grad(), kernels.using(kernels.available()[0]):
         before = layer(x)
         assert torch.equal(layer(x), before)
@@ -102,8 +102,8 @@ def test_bits_are_laid_out_once_and_again_when_they_change(kind: str, monkeypatc
         assert not torch.equal(layer(x), before)
         layer.weight = bits
         assert torch.equal(layer(x), before)
-        assert copy.deepcopy(layer)._laid_out is None
-    assert not [key for key in layer.state_dict() if "laid_out" in key]
+        assert copy.deepcopy(layer)._prepared is None
+    assert not [key for key in layer.state_dict() if "prepared" in key]
     with torch.inference_mode(), kernels.using(kernels.available()[0]):
         loaded = copy.deepcopy(layer)
         assert torch.equal(loaded(x), loaded(x))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_bnn import binarize_, pack_
 from hf_bnn.install import binary_fraction, number_by_execution_
-from hf_bnn.methods import STE, Place, Site, Step, Stompp
+from hf_bnn.methods import STE, Position, Site, Step, Stompp
 from hf_bnn.methods.stompp import ORDERS, SCHEDULES, FreezingKeys, MaskedSign, mix
 from hf_bnn.nn.layers import binary_layers
 from hf_bnn.training import begin_step, end_backward, hook_optimizer, partial_evaluation
@@ -460,12 +460,12 @@ def test_layers_that_read_the_same_tensor_are_one_unit():
     sites = [
         m.around.site for m in (attention.self.query, attention.self.key, attention.self.value, attention.output.dense)
     ]
-    assert [site.group for site in sites] == [Place(0, 8), Place(0, 8), Place(0, 8), Place(1, 8)]
-    assert {site.block for site in sites} == {Place(0, 2)}
+    assert [site.group for site in sites] == [Position(0, 8), Position(0, 8), Position(0, 8), Position(1, 8)]
+    assert {site.block for site in sites} == {Position(0, 2)}
     assert [site.index for site in sites] == [0, 1, 2, 3]
-    assert Stompp(unit="linear").place(sites[2]) == Place(2, 12)
-    assert Stompp(unit="group").place(sites[2]) == Place(0, 8)
-    assert Stompp(unit="block").place(sites[2]) == Place(0, 2)
+    assert Stompp(unit="linear").position(sites[2]) == Position(2, 12)
+    assert Stompp(unit="group").position(sites[2]) == Position(0, 8)
+    assert Stompp(unit="block").position(sites[2]) == Position(0, 2)
 
 
 class ShortcutFirst(nn.Module):
@@ -539,9 +539,9 @@ def test_a_model_that_is_half_soft_is_not_packed_without_commit():
     net = make_net("linear", Stompp())
     train_steps(net, optimizer_of(net), range(30))  # of 100
     assert 0 < binary_fraction(net.model) < 1
-    with pytest.raises(ValueError, match=r"has made only 0\.\d{3} of this TinyMLP binary.*commit=True"):
+    with pytest.raises(ValueError, match=r"has made only 0\.\d{3} of this TinyMLP binary.*allow_unfinished=True"):
         pack_(net.model)
-    pack_(net.model, commit=True)
+    pack_(net.model, allow_unfinished=True)
     assert binary_fraction(net.model) == 1
 
 
@@ -552,10 +552,10 @@ def test_a_run_that_stops_early_says_so_and_refuses_to_save_a_packed_model(tmp_p
     one.add_callback(StopAt(4))
     one.train()
     assert "training has stopped when 0." in warnings[-1]
-    with pytest.raises(ValueError, match="commit=True"):
+    with pytest.raises(ValueError, match="allow_unfinished=True"):
         one.save_model()
     assert not list(tmp_path.glob("*.safetensors"))
-    one.args.commit = True
+    one.args.allow_unfinished = True
     one.save_model()
     assert (tmp_path / "model.safetensors").exists()
 

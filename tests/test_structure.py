@@ -9,7 +9,7 @@ from torch import nn
 from hf_bnn import binarize_, install_method, pack_, unpack_
 from hf_bnn.convert import empty_packed_, to_binary_
 from hf_bnn.install import number_by_execution_
-from hf_bnn.methods import Place, Site, Surge
+from hf_bnn.methods import Position, Site, Surge
 from hf_bnn.nn.embeddings import BinaryEmbedding, Int8Embedding, RoundedEmbedding
 from hf_bnn.nn.layers import BinaryConv2d, BinaryLinear, binary_layers
 from hf_bnn.nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
@@ -124,8 +124,8 @@ def sites(model: nn.Module) -> list[Site]:
 
 def test_a_block_is_the_innermost_element_of_a_list_that_holds_several_binary_layers():
     model = binarize_(nn.Sequential(nn.Linear(4, 4), Block(), Block(), nn.Linear(4, 2)))
-    assert [site.block for site in sites(model)] == [Place(n, 4) for n in (0, 1, 1, 2, 2, 3)]
-    assert [site.group for site in sites(model)] == [Place(n, 6) for n in range(6)]
+    assert [site.block for site in sites(model)] == [Position(n, 4) for n in (0, 1, 1, 2, 2, 3)]
+    assert [site.group for site in sites(model)] == [Position(n, 6) for n in range(6)]
     assert [(site.index, site.count) for site in sites(model)] == [(n, 6) for n in range(6)]
     assert sites(model)[-1].weight_shape == (2, 4)
 
@@ -149,11 +149,11 @@ def test_numbers_by_execution_count_as_the_layers_run_and_layers_of_one_input_ar
     found = {name: layer.weight_binarizer.site for name, layer in zip("abcde", binary_layers(model), strict=True)}
     assert {name: site.index for name, site in found.items()} == {"d": 0, "c": 1, "b": 2, "a": 3, "e": 4}
     assert {name: site.group for name, site in found.items()} == {
-        "d": Place(0, 4),
-        "c": Place(0, 4),
-        "b": Place(1, 4),
-        "a": Place(2, 4),
-        "e": Place(3, 4),
+        "d": Position(0, 4),
+        "c": Position(0, 4),
+        "b": Position(1, 4),
+        "a": Position(2, 4),
+        "e": Position(3, 4),
     }
     assert model.training
     assert {site.count for site in found.values()} == {5}

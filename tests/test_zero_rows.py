@@ -57,7 +57,7 @@ def test_a_channel_of_zeros_learns_in_its_first_step(method: Method, kind: str, 
     assert weight.flatten(1).any(1).all()
     with torch.no_grad():
         latent = net.eval()(x)
-        assert torch.equal(pack_(copy.deepcopy(net), commit=True)(x), latent)
+        assert torch.equal(pack_(copy.deepcopy(net), allow_unfinished=True)(x), latent)
 
 
 @pytest.mark.parametrize("binarizer", ["dorefa", "bwn", "bwn_channel"])

@@ -50,7 +50,7 @@ def pack(words: list[str]) -> int:
     parser.add_argument("output", metavar="OUTPUT", help="folder for the packed model")
     parser.add_argument("--overwrite", action="store_true", help="replace the model that OUTPUT holds")
     parser.add_argument(
-        "--commit", action="store_true", help="pack it even if its method has not finished making it binary"
+        "--allow_unfinished", action="store_true", help="pack it even if its method has not finished making it binary"
     )
     parser.add_json()
     arguments = parser.parse_args(words)
@@ -62,7 +62,7 @@ def pack(words: list[str]) -> int:
     if output.resolve() == Path(arguments.latent).resolve():
         raise UsageError(f"{output} is the latent model itself, which packing would lose: name another folder")
     check_folder(arguments.latent)
-    model = packed(load(arguments.latent), arguments.latent, arguments.commit)
+    model = packed(load(arguments.latent), arguments.latent, arguments.allow_unfinished)
     with one_line(arguments.output):
         model.save_pretrained(output)
         files = copy_processor(arguments.latent, output)
@@ -74,13 +74,13 @@ def pack(words: list[str]) -> int:
     return 0
 
 
-def packed(model: PreTrainedModel, name: str, commit: bool = False) -> PreTrainedModel:
+def packed(model: PreTrainedModel, name: str, allow_unfinished: bool = False) -> PreTrainedModel:
     """The latent model, packed in place.
 
     Args:
         model: what `load` has returned.
         name: its folder. A trainer_state.json in it tells how far a StoMPP run has come.
-        commit: pack it even if its method has not finished.
+        allow_unfinished: pack it even if its method has not finished.
 
     Raises:
         UsageError: `pack_` refuses it.
@@ -88,7 +88,7 @@ def packed(model: PreTrainedModel, name: str, commit: bool = False) -> PreTraine
     from ..convert import pack_
 
     with one_line(name):
-        return pack_(restore_progress(model, Path(name)), commit)
+        return pack_(restore_progress(model, Path(name)), allow_unfinished)
 
 
 def restore_progress(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -13,12 +13,12 @@ from .layers import KernelConv2d, KernelLinear
 
 def _take_conv2d(layer: PackedConv2d) -> None:
     if layer.binary_inputs and layer.has_kernel:
-        KernelConv2d.take_place_of(layer)
+        KernelConv2d.replace_class(layer)
 
 
 # What becomes of a module of exactly this class, after its own parts were seen to. Models add their blocks.
 FUSERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
-    PackedLinear: KernelLinear.take_place_of,
+    PackedLinear: KernelLinear.replace_class,
     PackedConv2d: _take_conv2d,
     BinaryAttention: fuse_attention,
     BooleanAttention: fuse_attention,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..kernels.sources import Place, lent_tensors_of
+from ..kernels.sources import Source, lent_tensors_of
 from ..nn.attention import BinaryAttention, BooleanAttention, additive_mask
 from .base import Fused
 
@@ -36,7 +36,7 @@ class _FusedProducts(Fused):
         mask = additive_mask(mask, query.dtype)
         return kernels.attention(query, key, value, self.kernel_levels, scaling, mask, self.softmax), None
 
-    def places(self) -> list[Place]:
+    def entries(self) -> list[Source]:
         products = [(self._modules, "scores"), (self._modules, "context")]
         sides = [(part._modules, side) for part in self.children() for side in ("left_levels", "right_levels")]
         return [*products, *sides, *(place for slot, side in sides for place in lent_tensors_of(slot[side]))]
@@ -78,4 +78,4 @@ def fuse_attention(module: BinaryAttention) -> None:
     >>> context.shape, weights
     (torch.Size([1, 2, 5, 8]), None)
     """
-    FUSED[type(module)].take_place_of(module)
+    FUSED[type(module)].replace_class(module)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..kernels.lending import Lent
-from ..kernels.sources import Place, Sources
+from ..kernels.sources import Source, Sources
 from ..observers import looked_on
 
 
@@ -36,7 +36,7 @@ class Fused:
     sources: Sources | None = None  # what `derive` has read
 
     @classmethod
-    def take_place_of(cls, module: nn.Module) -> None:
+    def replace_class(cls, module: nn.Module) -> None:
         """Make `module` one of these, in place."""
         module.__class__ = cls
         module.sources = None
@@ -47,11 +47,11 @@ class Fused:
     def derive(self) -> None:
         """Make what the fused forward needs, from the module's tensors as they are now."""
 
-    def places(self) -> list[Place]:
+    def entries(self) -> list[Source]:
         """Of all that `derive` reads."""
         return []
 
-    def unread(self) -> list[Place]:
+    def unread(self) -> list[Source]:
         """Of what `derive` uses and whoever writes it replaces."""
         return []
 
@@ -66,15 +66,15 @@ class Fused:
         if looked_on():
             return False
         with torch.inference_mode(False), torch.no_grad():
-            before = [(slot, slot.lent) for slot, _ in self.places() if isinstance(slot, Lent)]
+            before = [(slot, slot.lent) for slot, _ in self.entries() if isinstance(slot, Lent)]
             self.derive()
-            self.sources = Sources(self.places(), self.unread())
+            self.sources = Sources(self.entries(), self.unread())
             for slot, lent in before:  # what was read here is not kept
                 slot.lent = lent
         return True
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        before = [(slot, slot.lent) for slot, _ in self.places() if isinstance(slot, Lent)]
+        before = [(slot, slot.lent) for slot, _ in self.entries() if isinstance(slot, Lent)]
         super()._apply(*args, **kwargs)
         for slot, lent in before:
             slot.lent = lent

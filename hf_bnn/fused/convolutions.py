@@ -14,7 +14,7 @@ from ..kernels import Conv2dBlock, Epilogue, backend, max_pool, normalization
 from ..kernels.conv2d_block import GROUPS, Level, rounds_once
 from ..kernels.lending import OWN
 from ..kernels.operands import runs_directly
-from ..kernels.sources import Place, lent_tensors_of, tensors_of
+from ..kernels.sources import Source, lent_tensors_of, tensors_of
 from ..nn.activations import RPReLU
 from ..nn.packed import PackedConv2d
 from .base import Fused
@@ -59,7 +59,7 @@ def block_of(unit: nn.Module, epilogue: Epilogue) -> Conv2dBlock | None:
     conv, affine, activation = unit.convolution, affine_of(unit.normalization), unit.activation
     if not isinstance(conv, PackedConv2d) or not conv.binary_inputs or conv.groups != 1 or affine is None:
         return None
-    weight, scale, bias, shift, *geometry, threshold = conv.laid_out()
+    weight, scale, bias, shift, *geometry, threshold = conv.operands()
     if backend() == "torch" or weight.data.dtype != torch.int32 or scale.dtype != torch.float32:
         return None
     rprelu = None
@@ -109,13 +109,13 @@ class Watched(Fused):
                 module.current()
         self._prepared, self._backend = self.prepare(), backend()
 
-    def places(self) -> list[Place]:
+    def entries(self) -> list[Source]:
         self._parts = list(self.modules())
         read = [module for module in self._parts if type(module) is not nn.Conv2d]  # which runs, and is not read
         tensors = [place for module in read for place in lent_tensors_of(module) if not place[1].startswith(OWN)]
         return [*tensors, *((module._modules, name) for module in self._parts for name in module._modules)]
 
-    def unread(self) -> list[Place]:
+    def unread(self) -> list[Source]:
         return [place for module in self._parts for place in tensors_of(module) if place[1].startswith(OWN)]
 
     def ready(self) -> Any:

@@ -38,6 +38,6 @@ def hidden_interval(first: nn.Module, activation: nn.Module, second: nn.Module) 
 
 def feed_forward(first: KernelLinear, interval: tuple[float, float], second: KernelLinear) -> kernels.FfnCall:
     """`(..., in)` to `(..., out)` through both layers: equal to running one after the other."""
-    weight, scale, offset, threshold = first.laid_out()
-    out_weight, out_scale, out_offset, _ = second.laid_out()
+    weight, scale, offset, threshold = first.operands()
+    out_weight, out_scale, out_offset, _ = second.operands()
     return kernels.FfnCall(weight, scale, offset, interval, out_weight, out_scale, out_offset, threshold)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels.operands import runs_directly
-from ..kernels.sources import Place, lent_tensors_of
+from ..kernels.sources import Source, lent_tensors_of
 from ..kernels.weights import PANEL, Conv2dWeight, LinearWeight, conv2d_signs, linear_signs, takes_panels
 from ..nn.layers import one_image
 from ..nn.packed import PackedConv2d, PackedLinear
@@ -23,25 +23,25 @@ class _KernelLayer(Fused):
     made = ("kernel_weight", "kernel_scale", "kernel_threshold")
 
     def derive(self) -> None:
-        operands = self.lay_out()
-        self._laid_out = None
+        operands = self.make_operands()
+        self._prepared = None
         self.keep(*operands)
 
-    def places(self) -> list[Place]:
+    def entries(self) -> list[Source]:
         levels = self.input_levels
         own = lent_tensors_of(self, "bias", "weight_scale")
         return [*own, (self._modules, "input_levels"), *lent_tensors_of(levels)]
 
     def keep(self, *operands: Any) -> None:
-        """Hold what `lay_out` has made."""
+        """Hold what `make_operands` has made."""
         raise NotImplementedError(f"{type(self).__name__} must say what its kernel takes")
 
-    def laid_weight(self) -> LinearWeight | Conv2dWeight:
+    def weight_operand(self) -> LinearWeight | Conv2dWeight:
         """The bits as the kernel takes them, which hold them now."""
         raise NotImplementedError(f"{type(self).__name__} must say how its weight is laid out")
 
-    def lay_weight(self) -> LinearWeight | Conv2dWeight:
-        return super().lay_weight() if "weight" in self._buffers else self.laid_weight()
+    def make_weight(self) -> LinearWeight | Conv2dWeight:
+        return super().make_weight() if "weight" in self._buffers else self.weight_operand()
 
     def hold_tensors(self, **tensors: Tensor | None) -> None:
         """Buffers that no state dict has, in the place of the bits: they move with the module like any other."""
@@ -102,15 +102,15 @@ class KernelLinear(_KernelLayer, PackedLinear):
         self.call = self.plan()
 
     def plan(self) -> kernels.LinearCall | kernels.LinearWeightOnlyCall:
-        *operands, threshold = self.laid_out()
+        *operands, threshold = self.operands()
         return (
             kernels.LinearCall(*operands, threshold) if self.binary_inputs else kernels.LinearWeightOnlyCall(*operands)
         )
 
-    def laid_out(self) -> tuple:
-        return self.laid_weight(), self.kernel_scale, self.kernel_offset, self.kernel_threshold
+    def operands(self) -> tuple:
+        return self.weight_operand(), self.kernel_scale, self.kernel_offset, self.kernel_threshold
 
-    def laid_weight(self) -> LinearWeight:
+    def weight_operand(self) -> LinearWeight:
         return LinearWeight(self.kernel_weight, self.in_features, self.out_features)
 
     def kernel_signs(self) -> Tensor:
@@ -145,13 +145,13 @@ class KernelConv2d(_KernelLayer, PackedConv2d):
 
     def plan(self) -> kernels.Conv2dBlock | None:
         taken = takes_panels(self.kernel_weight) and self.kernel_weight.dtype == torch.int32 and self.groups == 1
-        return kernels.Conv2dBlock(*self.laid_out()) if taken else None
+        return kernels.Conv2dBlock(*self.operands()) if taken else None
 
-    def laid_out(self) -> tuple:
+    def operands(self) -> tuple:
         geometry = (self.stride, self.padding, self.dilation)
-        return self.laid_weight(), self.kernel_scale, self.bias, self.kernel_shift, *geometry, self.kernel_threshold
+        return self.weight_operand(), self.kernel_scale, self.bias, self.kernel_shift, *geometry, self.kernel_threshold
 
-    def laid_weight(self) -> Conv2dWeight:
+    def weight_operand(self) -> Conv2dWeight:
         return Conv2dWeight(self.kernel_weight, self.kernel_corners, self.in_channels, self.groups)
 
     def kernel_signs(self) -> Tensor:
@@ -165,7 +165,7 @@ class KernelConv2d(_KernelLayer, PackedConv2d):
         return self.run_compiled(x) if x.dim() == 4 else self.run_compiled(one_image(x)).squeeze(0)
 
     def run_compiled(self, x: Tensor) -> Tensor:
-        return kernels.conv2d(x, *self.laid_out()) if self.current() else super().forward(x)
+        return kernels.conv2d(x, *self.operands()) if self.current() else super().forward(x)
 
 
 class JointLinear(Planned, nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .lending import Lent
 from .library import MemorySpan, library
 
-Place = tuple[dict[str, Any], str]  # a dict of a module, such as its `_parameters`, and the name of an entry of it
+Source = tuple[dict[str, Any], str]  # a dict of a module, such as its `_parameters`, and the name of an entry of it
 
 
 class Sources:
@@ -20,14 +20,14 @@ class Sources:
     Where tensors are in a `Lent` dict that has lent none of them, nobody can have written, and none is read.
     """
 
-    def __init__(self, places: Iterable[Place], unread: Iterable[Place] = ()):
+    def __init__(self, entries: Iterable[Source], unread: Iterable[Source] = ()):
         """Of `unread` entries only the identity is compared."""
-        places, unread = list(places), list(unread)
-        found = [(_getter(slot), name, dict.get(slot, name)) for slot, name in (*places, *unread)]
-        self.lending = list({id(slot): slot for slot, _ in places if isinstance(slot, Lent)}.values())
-        kept = [isinstance(slot, Lent) for slot, _ in places] + [False] * len(unread)
+        entries, unread = list(entries), list(unread)
+        found = [(_getter(slot), name, dict.get(slot, name)) for slot, name in (*entries, *unread)]
+        self.lending = list({id(slot): slot for slot, _ in entries if isinstance(slot, Lent)}.values())
+        kept = [isinstance(slot, Lent) for slot, _ in entries] + [False] * len(unread)
         self.always = [entry for entry, is_kept in zip(found, kept, strict=True) if not is_kept]
-        read = [value for _, _, value in found[: len(places)] if isinstance(value, Tensor)]
+        read = [value for _, _, value in found[: len(entries)] if isinstance(value, Tensor)]
         here = [value for value in read if value.is_cpu]
         self.entries = found
         self.addresses = [(value.data_ptr, value.data_ptr()) for value in here]
@@ -78,13 +78,13 @@ def _extent(tensor: Tensor) -> int:
     return (1 + sum((size - 1) * step for size, step in steps)) * tensor.element_size()
 
 
-def lent_tensors_of(module: nn.Module, *names: str) -> list[Place]:
+def lent_tensors_of(module: nn.Module, *names: str) -> list[Source]:
     """`tensors_of`, from dicts that know whether anyone may write to their tensors."""
     Lent.in_place_of(module, "_parameters"), Lent.in_place_of(module, "_buffers")
     return tensors_of(module, *names)
 
 
-def tensors_of(module: nn.Module, *names: str) -> list[Place]:
-    """The places of a module's own parameters and buffers; those called `names`, if any are given."""
+def tensors_of(module: nn.Module, *names: str) -> list[Source]:
+    """The entries of a module's own parameters and buffers; those called `names`, if any are given."""
     slots = (module._parameters, module._buffers)
     return [(slot, name) for slot in slots for name in slot if not names or name in names]

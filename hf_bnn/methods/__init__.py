@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from .approx_sign import ApproxSign
-from .base import Method, Part, Place, Site, Step
+from .base import Method, Part, Position, Site, Step
 from .combined import Combined
 from .dorefa import DoReFa
 from .fsg import Fsg
@@ -34,7 +34,7 @@ __all__ = [
     "MetaQuant",
     "Method",
     "Part",
-    "Place",
+    "Position",
     "ReSTE",
     "Site",
     "Step",

@@ -13,7 +13,7 @@ from ..functional import clipped_sign, identity_sign
 SLOTS = ("weight_binarizer", "input_binarizer", "around", "optimizer_hook")
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Number `index` of `count`, in forward order."""
 
     index: int
@@ -27,8 +27,8 @@ class Site(NamedTuple):
     count: int
     weight_shape: tuple[int, ...] | None = None  # None: a product of two activations
     weight_scaling: str = "channel"  # of the layer: channel | layer | none
-    group: Place | None = None  # among the groups of layers that read the same tensor; None: each layer its own
-    block: Place | None = None  # among the blocks (a transformer layer, a residual block); None: each layer its own
+    group: Position | None = None  # among the groups of layers that read the same tensor; None: each layer its own
+    block: Position | None = None  # among the blocks (a transformer layer, a residual block); None: each layer its own
 
 
 class Step(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..functional import clipped_gradient, sign, weight_scale
-from .base import ClippedSign, IdentitySign, Method, Part, Place, Site, Step
+from .base import ClippedSign, IdentitySign, Method, Part, Position, Site, Step
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cubic": lambda x: x**3,
@@ -262,10 +262,10 @@ class Stompp(Method):
 
         optimizer.register_step_pre_hook(forget)
 
-    def place(self, site: Site) -> Place:
+    def position(self, site: Site) -> Position:
         """Which of how many units the site belongs to."""
         own = {"linear": None, "group": site.group, "block": site.block}[self.unit]
-        return Place(site.index, site.count) if own is None else own
+        return Position(site.index, site.count) if own is None else own
 
     def last_step(self, step: Step) -> float:
         """The step, of the run that `step` is of, at which all windows are over."""
@@ -273,17 +273,19 @@ class Stompp(Method):
 
     def fraction(self, site: Site, step: Step) -> float:
         """p: the share of frozen entries at a step, 0 to 1."""
-        end, place = self.last_step(step), self.place(site)
+        end, position = self.last_step(step), self.position(site)
         if end <= 0:
             return 1.0
         x = step.index / end
         if self.order != "global":
-            x = x * place.count - (place.index if self.order == "forward" else place.count - 1 - place.index)
+            x = x * position.count - (
+                position.index if self.order == "forward" else position.count - 1 - position.index
+            )
         if x <= 1e-9 or x >= 1 - 1e-9:  # windows meet: rounding must not leave two of them open
             return float(x > 0.5)
         return SCHEDULES[self.schedule](x)
 
     def refresh_period(self, site: Site, step: Step) -> int:
         """r: the steps after which every entry has a new key; 0: it keeps its first one."""
-        windows = 1 if self.order == "global" else self.place(site).count
+        windows = 1 if self.order == "global" else self.position(site).count
         return min(self.refresh, max(1, int(self.last_step(step) / windows) // 8))

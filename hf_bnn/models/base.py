@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import CONFIG_NAME, logging
 
 from ..adapters import refuse_adapted
-from ..convert import empty_packed_, record_format, replace_modules, to_binary_
+from ..convert import empty_packed_, replace_modules, set_weight_format, to_binary_
 from ..functional import WEIGHT_SCALINGS
 from ..fused import optimize_
 from ..install import install_method, method_state_names
@@ -170,7 +170,7 @@ class BinaryModelMixin(CheckedLoading):
         return choose_layers(self, None, patterns, check=False)
 
     @property
-    def record(self) -> BinaryConfigFields:
+    def binary_config(self) -> BinaryConfigFields:
         """Where it is written what is binary, and what the checkpoint holds."""
         return self.config
 
@@ -235,7 +235,7 @@ class BinaryModelMixin(CheckedLoading):
                 cls.blame_the_file(str(pretrained_model_name_or_path), kwargs, error)
             raise
         model = found[0] if isinstance(found, tuple) else found  # with the loading info, if that is asked for
-        if model.loaded_format == "float" and model.record.binarize != "none":
+        if model.loaded_format == "float" and model.binary_config.binarize != "none":
             logger.warning(f"{type(model).__name__}: {composition(model)}")
         if optimize:
             if not is_packed(model):
@@ -316,8 +316,8 @@ class BinaryModelMixin(CheckedLoading):
             state_dict[name] = state_dict[name].clone()
         checked = {key: state_dict.get(key) for key in tensors_to_check(self)}
         check_finite(f"save {type(self).__name__}", checked)
-        record = self.record
-        record_format(self)
+        config = self.binary_config
+        set_weight_format(self)
         if not is_main_process:
             return
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "revision") if key in kwargs}
@@ -326,11 +326,11 @@ class BinaryModelMixin(CheckedLoading):
         try:
             super().save_pretrained(staging, state_dict=state_dict, **kwargs)
             weights = sorted(p.name for p in Path(staging).iterdir() if WEIGHT_FILE.fullmatch(p.name))
-            record.weights_sha256 = {name: file_digest(Path(staging) / name) for name in weights}
+            config.weights_sha256 = {name: file_digest(Path(staging) / name) for name in weights}
             self.config.save_pretrained(staging)
             kept = digests_of_other_variants(Path(save_directory), Path(staging), kwargs.get("variant"))
             if kept:
-                record.weights_sha256 = {**kept, **record.weights_sha256}
+                config.weights_sha256 = {**kept, **config.weights_sha256}
                 self.config.save_pretrained(staging)
             write_structure_digest(Path(staging))
             publish(staging, save_directory, kwargs.get("variant"))

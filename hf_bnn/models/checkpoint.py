@@ -83,7 +83,7 @@ def _structural(value: Any) -> Any:
     return value
 
 
-def record_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def binary_config_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config.json that says what is binary in it: the whole, or its quantization_config."""
     plugged_in = config.get("quantization_config")
     return plugged_in if isinstance(plugged_in, dict) else dict(config)
@@ -114,7 +114,7 @@ def write_structure_digest(folder: Path) -> None:
 
 def verify_structure(config: Mapping[str, Any], name: str | Path = CONFIG_NAME) -> None:
     """Raise CorruptCheckpointError if a config.json has a digest, and another one is its."""
-    expected = record_of(config).get(CONFIG_DIGEST)
+    expected = binary_config_of(config).get(CONFIG_DIGEST)
     if expected is not None and expected != structure_digest(config):
         raise CorruptCheckpointError(
             f"{name} was altered after it was saved: what its fields say of the weights' meaning is not what "

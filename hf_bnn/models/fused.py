@@ -16,11 +16,11 @@ from ..fused.base import Fused
 from ..fused.convolutions import FusedBasicBlock, FusedBottleNeckBlock, FusedStage, FusedStem
 from ..fused.feed_forward import feed_forward, hidden_interval
 from ..fused.layers import JointLinear, KernelLinear
-from ..kernels.sources import Place, lent_tensors_of
+from ..kernels.sources import Source, lent_tensors_of
 from .resnet import BiRealBasicLayer, BiRealBottleNeckLayer, BiRealStem, resized
 
 
-def places_of(block: nn.Module, layers: tuple[nn.Module, ...]) -> list[Place]:
+def entries_of(block: nn.Module, layers: tuple[nn.Module, ...]) -> list[Source]:
     """Where `layers` hang in `block`, and all that is made of their scales, biases and levels."""
     modules = [layer for layer in layers if isinstance(layer, nn.Module)]  # an activation may be a function
     found = [
@@ -30,11 +30,11 @@ def places_of(block: nn.Module, layers: tuple[nn.Module, ...]) -> list[Place]:
         if any(part in modules for part in (child, *child.children()))
     ]
     for layer in modules:
-        found += layer.places() if isinstance(layer, KernelLinear) else lent_tensors_of(layer)
+        found += layer.entries() if isinstance(layer, KernelLinear) else lent_tensors_of(layer)
     return found
 
 
-def weights_of(layers: tuple[nn.Module, ...]) -> list[Place]:
+def weights_of(layers: tuple[nn.Module, ...]) -> list[Source]:
     """Where the bits of `layers` are held."""
     return [(layer._buffers, "kernel_weight") for layer in layers if isinstance(layer, KernelLinear)]
 
@@ -48,7 +48,7 @@ class _FusedAttention(Fused):
     @classmethod
     def fuse(cls, attention: nn.Module) -> None:
         if JointLinear.takes(cls.projections(attention)):
-            cls.take_place_of(attention)
+            cls.replace_class(attention)
 
     def derive(self) -> None:
         layers = self.projections()
@@ -59,10 +59,10 @@ class _FusedAttention(Fused):
         if self.joined:
             self.joint = JointLinear(layers)
 
-    def places(self) -> list[Place]:
-        return places_of(self, self.projections())
+    def entries(self) -> list[Source]:
+        return entries_of(self, self.projections())
 
-    def unread(self) -> list[Place]:
+    def unread(self) -> list[Source]:
         return weights_of(self.projections())
 
     def projections(self) -> tuple[nn.Module, ...]:
@@ -111,7 +111,7 @@ class _FusedFeedForward(Fused):
     @classmethod
     def fuse(cls, block: nn.Module) -> None:
         if hidden_interval(*cls.layers(block)) is not None:
-            cls.take_place_of(block)
+            cls.replace_class(block)
 
     def layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
         """The first layer, the activation and the second layer."""
@@ -125,10 +125,10 @@ class _FusedFeedForward(Fused):
         interval = hidden_interval(first, activation, second)  # None where one was replaced, by an adapter
         self.call = None if interval is None else feed_forward(first, interval, second)
 
-    def places(self) -> list[Place]:
-        return places_of(self, self.layers())
+    def entries(self) -> list[Source]:
+        return entries_of(self, self.layers())
 
-    def unread(self) -> list[Place]:
+    def unread(self) -> list[Source]:
         return weights_of(self.layers())
 
     def runs_plain(self, x: Tensor) -> bool:
@@ -198,8 +198,8 @@ FUSERS |= {
     BertLayer: FusedBertLayer.fuse,
     ViTAttention: FusedViTAttention.fuse,
     ViTMLP: FusedViTMLP.fuse,
-    BiRealStem: FusedBiRealStem.take_place_of,
-    BiRealBasicLayer: FusedBiRealBasicLayer.take_place_of,
-    BiRealBottleNeckLayer: FusedBiRealBottleNeckLayer.take_place_of,
-    ResNetStage: FusedResNetStage.take_place_of,
+    BiRealStem: FusedBiRealStem.replace_class,
+    BiRealBasicLayer: FusedBiRealBasicLayer.replace_class,
+    BiRealBottleNeckLayer: FusedBiRealBottleNeckLayer.replace_class,
+    ResNetStage: FusedResNetStage.replace_class,
 }

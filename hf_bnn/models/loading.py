@@ -20,12 +20,12 @@ from ..selection import matches
 from .checkpoint import (
     AGAIN,
     Entry,
+    binary_config_of,
     check_computed_buffers,
     check_dtype,
     headers,
     placed,
     read_config,
-    record_of,
     structure_digest,
     verify_structure,
     verify_weight_files,
@@ -115,9 +115,9 @@ class CheckedLoading:
         folder = folder if inside else root
         source = read_config(folder)
         if source is None:
-            saved, digests = self.loaded_format != "float", self.record.weights_sha256
+            saved, digests = self.loaded_format != "float", self.binary_config.weights_sha256
         else:
-            saved, digests = self.wrote(source), record_of(source).get("weights_sha256")
+            saved, digests = self.wrote(source), binary_config_of(source).get("weights_sha256")
             self.__dict__["source"] = source if saved else None
         if not saved:
             return
@@ -128,7 +128,7 @@ class CheckedLoading:
                 f"{folder / CONFIG_NAME} says weights_sha256={digests!r}, not a table: {AGAIN}"
             )
         if self.loaded_format == "packed" and source is not None and (fields := self.restructured(source)):
-            asked = ", ".join(f"{field}={getattr(self.record, field)!r}" for field in fields)
+            asked = ", ".join(f"{field}={getattr(self.binary_config, field)!r}" for field in fields)
             raise ValueError(
                 f"{folder} holds packed weights, and {asked} would make another model of them: load them as they are, "
                 "or load the latent checkpoint to train it so"
@@ -214,7 +214,7 @@ class CheckedLoading:
 
     def restructured(self, source: dict[str, Any]) -> list[str]:
         """The fields in which this model's structure is not what a config.json says: other levels, say."""
-        record, saved = self.record.to_dict(), record_of(source)
+        record, saved = self.binary_config.to_dict(), binary_config_of(source)
         # Which layers packed weights are of, their headers tell; another head adds its own layers to those excluded.
         fields = (*RESTRUCTURING, "exclude") if self.loaded_format == "latent" else RESTRUCTURING
         return [field for field in fields if saved.get(field, record.get(field)) != record.get(field)]

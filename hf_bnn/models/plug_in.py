@@ -221,7 +221,7 @@ class _PluggedIn(BinaryModelMixin):
     stock: type[PreTrainedModel]
 
     @property
-    def record(self) -> BinaryConfig:
+    def binary_config(self) -> BinaryConfig:
         return self.config.quantization_config
 
     def wrote(self, source: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME
 
 from ..model_card import body, facts_of
 from ..nn.packed import is_packed
-from .checkpoint import read_config, record_of, structure_digest
+from .checkpoint import binary_config_of, read_config, structure_digest
 
 if TYPE_CHECKING:
     from .base import BinaryModelMixin
@@ -48,7 +48,7 @@ def digests_of_other_variants(folder: Path, staging: Path, variant: str | None) 
     source = read_config(folder) if (folder / CONFIG_NAME).is_file() else None
     if source is None or structure_digest(source) != structure_digest(read_config(staging)):
         return {}
-    listed = record_of(source).get("weights_sha256")
+    listed = binary_config_of(source).get("weights_sha256")
     listed = listed if isinstance(listed, dict) else {}
     same, fresh = weight_files(variant), {path.name for path in staging.iterdir()}
     replaced = any(same.fullmatch(name) for name in fresh)  # not by adapters, which are saved beside the weights

@@ -100,9 +100,9 @@ class BinaryLayer(nn.Module):
         """Fill the slots with the method's parts."""
         for slot, part in zip(self.slots, self.make_parts(method, site), strict=True):
             setattr(self, slot, part)
-        self.place(site)
+        self.set_site(site)
 
-    def place(self, site: "Site") -> None:
+    def set_site(self, site: "Site") -> None:
         """Tell the parts where in the network they are."""
         for _, part in self.parts():
             part.site = site
@@ -165,8 +165,8 @@ class WeightedLayer(BinaryLayer):
             method.around(site, self),
         )
 
-    def place(self, site: "Site") -> None:
-        super().place(site._replace(weight_scaling=self.weight_scaling))
+    def set_site(self, site: "Site") -> None:
+        super().set_site(site._replace(weight_scaling=self.weight_scaling))
 
     def fit_levels(self, *inputs: Tensor) -> None:
         self.input_levels.fit(inputs[0])
@@ -397,4 +397,7 @@ def binary_layers(model: nn.Module) -> list[BinaryLayer]:
     return [module for module in model.modules() if isinstance(module, BinaryLayer)]
 
 
-BINARY = {nn.Linear: BinaryLinear, nn.Conv2d: BinaryConv2d}  # what becomes of a float layer of exactly this class
+BINARY_CLASSES = {
+    nn.Linear: BinaryLinear,
+    nn.Conv2d: BinaryConv2d,
+}  # what becomes of a float layer of exactly this class

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..functional import clipped_sign, pack_bits, unpack_bits
-from ..kernels.sources import Place, Sources, tensors_of
+from ..kernels.sources import Source, Sources, tensors_of
 from ..kernels.weights import groups_are_large, takes_panels
 from ..observers import looked_on
 from .embeddings import BinaryEmbedding, Int8Embedding
@@ -71,7 +71,7 @@ class _PackedWeight(_Packed):
 
     product: LinearProduct | Conv2dProduct
     has_kernel = True  # whether compiled kernels, where there are any, are faster than torch
-    _laid_out: "_LaidOut | None" = None
+    _prepared: "_Prepared | None" = None
     _warned = False
 
     def hold(
@@ -143,36 +143,36 @@ class _PackedWeight(_Packed):
         if any(parameter.requires_grad for parameter in self.parameters()):
             warn_of_training()
 
-    def places(self) -> list[Place]:
-        """Of all that `lay_out` reads."""
+    def entries(self) -> list[Source]:
+        """Of all that `make_operands` reads."""
         levels = self.input_levels
         return [*tensors_of(self), (self._modules, "input_levels"), *tensors_of(levels)]
 
     def call_of(self, operands: tuple) -> Callable[[Tensor], Tensor]:
-        """The product with what `lay_out` has made."""
+        """The product with what `make_operands` has made."""
         raise NotImplementedError(f"{type(self).__name__} must say what runs it")
 
-    def laid_out(self) -> tuple:
-        """What `lay_out` makes: when first asked for, and anew when a tensor that it is made of has changed."""
+    def operands(self) -> tuple:
+        """What `make_operands` makes: when first asked for, and anew when a tensor that it is made of has changed."""
         return self.prepared().operands
 
     def run_compiled(self, x: Tensor) -> Tensor:
         return self.prepared().call(x)
 
-    def prepared(self) -> "_LaidOut":
-        """What `laid_out` returns, and a call of it."""
-        found = self._laid_out
+    def prepared(self) -> "_Prepared":
+        """What `operands` returns, and a call of it."""
+        found = self._prepared
         if found is None or found.backend != kernels.backend() or not found.sources.same():
             with torch.inference_mode(False), torch.no_grad():
-                sources, operands = Sources(self.places()), self.lay_out()
-                found = self._laid_out = _LaidOut(sources, kernels.backend(), operands, self.call_of(operands))
+                sources, operands = Sources(self.entries()), self.make_operands()
+                found = self._prepared = _Prepared(sources, kernels.backend(), operands, self.call_of(operands))
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_laid_out": None}  # a copy, or a pickle, makes its own
+        return {**self.__dict__, "_prepared": None}  # a copy, or a pickle, makes its own
 
 
-class _LaidOut(NamedTuple):
+class _Prepared(NamedTuple):
     """Operands as a backend's kernel takes them, and what they were made of."""
 
     sources: Sources
@@ -217,16 +217,16 @@ class PackedLinear(_PackedWeight, nn.Linear):
         """The weights' signs, int8 `(out, in)`."""
         return unpack_bits(self.weight, self.in_features)
 
-    def lay_out(self) -> tuple:
+    def make_operands(self) -> tuple:
         """What a kernel takes beside the inputs: it then computes what `sign_product` does, bit for bit."""
         levels, offset = self.input_levels, self.bias
         scale, shift = levels.affine()
         if levels.shifted:
             offset = self.product.weight_sum(self.signs(), None) * (self.weight_scale * shift)
             offset = offset if self.bias is None else offset + self.bias
-        return self.lay_weight(), self.weight_scale * scale, offset, levels.threshold()
+        return self.make_weight(), self.weight_scale * scale, offset, levels.threshold()
 
-    def lay_weight(self) -> kernels.LinearWeight:
+    def make_weight(self) -> kernels.LinearWeight:
         """The bits as a kernel takes them."""
         return kernels.LinearWeight.from_bits(self.weight, self.in_features)
 
@@ -299,15 +299,15 @@ class PackedConv2d(_PackedWeight, nn.Conv2d):
     def has_kernel(self) -> bool:
         return groups_are_large(self.in_channels, self.out_channels, self.groups)
 
-    def lay_out(self) -> tuple:
+    def make_operands(self) -> tuple:
         """What a kernel takes beside the inputs: it then computes what `sign_product` does, bit for bit."""
         levels = self.input_levels
         scale, shift = levels.affine()
         shift = self.weight_scale * shift if levels.shifted else None
         geometry = (self.stride, self.padding, self.dilation)
-        return self.lay_weight(), self.weight_scale * scale, self.bias, shift, *geometry, levels.threshold()
+        return self.make_weight(), self.weight_scale * scale, self.bias, shift, *geometry, levels.threshold()
 
-    def lay_weight(self) -> kernels.Conv2dWeight:
+    def make_weight(self) -> kernels.Conv2dWeight:
         """The bits as a kernel takes them."""
         return kernels.Conv2dWeight.from_bits(self.weight, self.in_channels, self.groups)
 

@@ -48,7 +48,7 @@ class BinaryTrainingArguments(TrainingArguments):
         default=True, metadata={"help": "Write the final model, and what is pushed, as bits (checkpoints stay latent)."}
     )
 
-    commit: bool = field(
+    allow_unfinished: bool = field(
         default=False, metadata={"help": "Pack the final model even if its method has not finished making it binary."}
     )
     eval_partial: bool = field(

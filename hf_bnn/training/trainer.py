@@ -151,7 +151,7 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
         if (fraction := binary_fraction(self.bare_model)) < 1:
             logger.warning(
                 f"training has stopped when {fraction:.3f} of the model was binary: it is evaluated as fully binary, "
-                "and may do much worse than it did in training. Go on training, or save it with commit=True"
+                "and may do much worse than it did in training. Go on training, or save it with allow_unfinished=True"
             )
         return output
 
@@ -280,7 +280,7 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
                 save_file({key: value.contiguous() for key, value in own.items()}, Path(output_dir) / METHOD_STATE)
             return
         trained = self.model
-        self.model = packed_copy(self.bare_model, state_dict, self.args.commit)
+        self.model = packed_copy(self.bare_model, state_dict, self.args.allow_unfinished)
         try:
             super()._save(output_dir)
         finally:
@@ -323,12 +323,14 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
         load_method_state(self.bare_model, load_file(path) if path.is_file() else {})
 
 
-def packed_copy(model: nn.Module, state_dict: dict[str, Tensor] | None = None, commit: bool = False) -> nn.Module:
+def packed_copy(
+    model: nn.Module, state_dict: dict[str, Tensor] | None = None, allow_unfinished: bool = False
+) -> nn.Module:
     """A packed model beside the latent one, which stays as it is. `state_dict`: gathered weights to take instead."""
     twin = copy.deepcopy(model)
     if state_dict:
         twin.load_state_dict(state_dict)
-    return pack_(twin, commit)
+    return pack_(twin, allow_unfinished)
 
 
 def _can_pack(model: nn.Module) -> bool:
