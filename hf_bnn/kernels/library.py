@@ -129,6 +129,9 @@ _SIGNATURES = {
     ),
     "hf_bnn_conv2d": (c_int, (*_CALL, c_void_p, c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
     "hf_bnn_conv2d_block": (c_int, (*_CALL, *(c_void_p,) * 6, *_THRESHOLD)),
+    "hf_bnn_elements": (None, (c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float, c_void_p)),
+    "hf_bnn_pack_weight": (c_int, (c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "hf_bnn_sign_products": (c_int, (c_int64, *(c_void_p,) * 3, *(c_int64,) * 4, c_void_p)),
     "hf_bnn_max_pool": (c_int, (*_CALL, *(c_void_p,) * 4, c_int, c_void_p)),
 }
 

@@ -18,6 +18,8 @@ from ..observers import looked_on
 from .library import FfnPlan, LinearPlan, call, instruction_set, thread_pool, threads_for
 from .weights import PANEL, LinearWeight, linear_shape
 
+PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, which may want to see what is done to it
+
 # Compared in float32, these are compared exactly.
 COMPARABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,7 +69,7 @@ def runs_directly(x: Tensor, *others: Tensor) -> bool:
 
     torch's dispatcher costs as much as a small product.
     """
-    return type(x) is Tensor and x.is_cpu and all(other.is_cpu for other in others) and not looked_on()
+    return type(x) in PLAIN and x.is_cpu and all(other.is_cpu for other in others) and not looked_on()
 
 
 def floats(values: Tensor | None, size: int) -> Tensor:

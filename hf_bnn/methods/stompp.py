@@ -129,6 +129,10 @@ class MaskedSign(Part):
     def binary_fraction(self) -> float:
         return self.fraction
 
+    @property
+    def emits_signs(self) -> bool:
+        return self.mask is None and self.fraction >= 1
+
     def forward(self, x: Tensor) -> Tensor:
         limit = None
         if self.scaling is not None and self.scaling != "none":

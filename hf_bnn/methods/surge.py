@@ -143,6 +143,8 @@ class AuxiliaryBranch(Recorder):
     (U, V) of one; with None it is the layer's latent weight as it stands, and nothing is kept here.
     """
 
+    keeps_inputs = True
+
     def __init__(self, layer: nn.Module, eta: float, initial: tuple[Tensor, ...] | None):
         super().__init__()
         self.eta = eta
@@ -181,6 +183,8 @@ def leaky_gradient(extra: Tensor, x: Tensor, clip: float, eta: float, record: Re
 
 class LeakySign(Recorder):
     """sign(x), with the clipped gradient plus lambda times the unclipped one: SURGE with W_a = the binary weights."""
+
+    emits_signs = True
 
     def __init__(self, clip: float, eta: float):
         super().__init__()

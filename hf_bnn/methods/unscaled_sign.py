@@ -23,6 +23,8 @@ class UnscaledSign(Part):
     `scaling` is the layer's weight scaling, which says what s is.
     """
 
+    emits_signs = True
+
     def __init__(self, scaling: str):
         super().__init__()
         self.scaling = scaling

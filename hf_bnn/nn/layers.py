@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from ..functional import WEIGHT_SCALINGS, learning_scale, sign, sign_int8, silence, weight_scale
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
+from .sign_products import PackedSigns, takes
+from .sign_products import sign_product as sign_product_on_bits
 from .state_forms import own_form
 
 if TYPE_CHECKING:
@@ -136,6 +138,7 @@ class WeightedLayer(BinaryLayer):
 
     slots = ("weight_binarizer", "input_binarizer", "around")
     product: LinearProduct | Conv2dProduct
+    runs_on_bits = True  # whether products of signs in training run on bits
     master_weights = False  # whether the optimizer steps on float32 copies of its own, as under FSDP and DeepSpeed
     _noted: tuple[int, int] | None = None  # which weight learned last in half precision, in which version
 
@@ -239,18 +242,35 @@ class WeightedLayer(BinaryLayer):
 
     def _learning_forward(self, x: Tensor) -> Tensor:
         """The binary operator as the method's parts see it: differentiable, on floats."""
-        signs = x if self.input_binarizer is None else self.input_binarizer(self.input_levels.normalize(x))
+        signs = x
+        if self.input_binarizer is not None:
+            u = self.input_levels.normalize(x, self.runs_on_bits, self.around.keeps_inputs)
+            signs = self.input_binarizer(u)
         if self.weight_binarizer is None:
             return self._with_float_weight(signs)
         weight, scale = self.weight_binarizer(self.weight), self.scale()
+        pure = self.runs_on_bits and self.weight_binarizer.emits_signs and signs is not x and self.input_binarizer.emits_signs
         if self.weight_scaling != "none":
             # A channel of zeros puts out 0 because its signs do, not its scale: so its weights get a gradient.
-            weight, scale = silence(weight, scale), learning_scale(scale, weight[0].numel())
+            silenced, scale = silence(weight, scale), learning_scale(scale, weight[0].numel())
+            pure, weight = pure and silenced is weight, silenced
+        if pure and takes(self.product, signs, weight):
+            return self._product_on_bits(signs, weight, scale)
         total = self.product.weight_sum(weight, x) if self.input_levels.shifted else None
         bias = None if self.bias is None else self.product.per_channel(self.bias)
         scale = self.product.per_channel(scale)
         y = rescale(self.product(signs, weight), scale, total, self.input_levels, bias)
         return y.to(self.weight.dtype)
+
+    def _product_on_bits(self, signs: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+        level, shift = self.input_levels.affine()
+        offset = None if self.bias is None else self.product.per_channel(self.bias)
+        if self.input_levels.shifted:
+            total = self.product.weight_sum(weight, signs) * (self.product.per_channel(weight_scale) * shift)
+            offset = total if offset is None else total + offset
+        level = torch.as_tensor(level, device=signs.device)
+        packed = PackedSigns.of(self.weight)
+        return sign_product_on_bits(self.product, signs, weight, weight_scale, level, offset, packed).to(self.weight.dtype)
 
     def _with_float_weight(self, signs: Tensor) -> Tensor:
         scale, shift = self.input_levels.affine()

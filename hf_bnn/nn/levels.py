@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from ..estimators import normalized
 
 SMALLEST_SCALE = 1e-5
 LLOYD_ITERATIONS = 10
@@ -11,24 +12,6 @@ OFFLOADED_LEVELS = (
     "called, and levels are only read. Load the model anew with a device_map that leaves the binary layers on a "
     "device, or train it with levels='signed'"
 )
-
-
-class _Normalize(torch.autograd.Function):
-    """(x - threshold) / scale. Written out because on a CPU the passes over memory cost more than the products do."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
-        u = (x - threshold).div_(scale)
-        ctx.save_for_backward(u, scale)
-        return u
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        u, scale = ctx.saved_tensors
-        grad_x = grad / scale
-        # du/dthreshold = -1 / scale; du/dscale = -u / scale
-        return grad_x, -grad_x.sum(), -torch.dot(grad_x.flatten(), u.flatten())
 
 
 class SignedLevels(nn.Module):
@@ -45,8 +28,11 @@ class SignedLevels(nn.Module):
         """Inputs below it take the low level."""
         return 0.0
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """The real number whose sign decides, in units in which the levels are -1 and +1. Same shape."""
+    def normalize(self, x: Tensor, compact: bool = False, retained: bool = False) -> Tensor:
+        """The real number whose sign decides, in units in which the levels are -1 and +1. Same shape.
+
+        `compact` and `retained` say what to keep for the backward pass: see `estimators.normalized`.
+        """
         return x
 
     def affine(self) -> tuple[Tensor | float, Tensor | float]:
@@ -69,7 +55,7 @@ class UnsignedLevels(SignedLevels):
     def threshold(self) -> float:
         return 0.5
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor, compact: bool = False, retained: bool = False) -> Tensor:
         return 2 * x - 1
 
     def affine(self) -> tuple[float, float]:
@@ -116,7 +102,7 @@ class ThresholdLevels(LearnedLevels):
     def threshold(self) -> Tensor:
         return self.offset
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor, compact: bool = False, retained: bool = False) -> Tensor:
         return x - self.offset
 
     def fit(self, x: Tensor) -> None:
@@ -182,9 +168,9 @@ class ElasticLevels(LearnedLevels):
         offset = self.offset.view(())  # 0-d, so that inputs of any shape keep theirs
         return offset if self.signed else offset + self._positive_width() / 2
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor, compact: bool = False, retained: bool = False) -> Tensor:
         width = self._positive_width()
-        return _Normalize.apply(x, self.threshold(), width if self.signed else width / 2)
+        return normalized(x, self.threshold(), width if self.signed else width / 2, compact, retained)
 
     def affine(self) -> tuple[Tensor, Tensor | float]:
         width = self._positive_width()
@@ -222,7 +208,7 @@ class BooleanLevels(ElasticLevels):
     def threshold(self) -> Tensor:
         return self.offset.view(())
 
-    def normalize(self, x: Tensor) -> Tensor:
+    def normalize(self, x: Tensor, compact: bool = False, retained: bool = False) -> Tensor:
         return x - self.threshold()
 
     def extra_repr(self) -> str:

@@ -79,6 +79,7 @@ INLINE floats multiply_add(floats a, floats b, floats c)
 }
 
 #include "packing.h"
+#include "training.inc"
 #include "epilogue.h"
 #include "pooling.h"
 #include "weight_only_lookup.h"

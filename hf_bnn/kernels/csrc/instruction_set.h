@@ -14,4 +14,13 @@
         .prepare_inputs = prepare_inputs,              \
         .multiply_floats = multiply_floats,            \
         .attend = attend,                              \
+        .signs = signs,                                \
+        .sign_bits = sign_bits,                        \
+        .inside_bits = inside_bits,                    \
+        .signs_of_bits = signs_of_bits,                \
+        .keep_where = keep_where,                      \
+        .to_bytes = to_bytes,                          \
+        .from_bytes = from_bytes,                      \
+        .signs_of_bytes = signs_of_bytes,              \
+        .keep_within = keep_within,                    \
     }

@@ -34,6 +34,7 @@ INLINE floats multiply_add(floats a, floats b, floats c)
 }
 
 #include "packing.h"
+#include "training.inc"
 #include "epilogue.h"
 #include "pooling.h"
 #include "tile.h"

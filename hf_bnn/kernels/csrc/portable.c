@@ -15,6 +15,7 @@ INLINE words count_bits(words v)
 }
 
 #include "packing.h"
+#include "training.inc"
 #include "epilogue.h"
 #include "pooling.h"
 #include "tile.h"
