@@ -5,6 +5,7 @@ bound, and for learned levels how large they were: a bit, a bit and a byte. `nor
 and hands it on with the tensor it returns; `clipped_sign` and the product of the signs use it instead of keeping more.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from .kernels import training as on_bits
 
 STEPS = 32  # of a byte in a unit of the levels: sizes up to 4 are told apart
 LARGEST = 126  # bytes up to which a size is exact: see on_bits.to_bytes
+
+
+Compensation = Callable[[Tensor, Tensor], Tensor]
 
 
 class Kept(NamedTuple):
@@ -108,9 +112,9 @@ def normalized(x: Tensor, threshold: Tensor, scale: Tensor, compact: bool, retai
 
 class _ClippedSign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, clip: float, *kept: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, clip: float, compensate: Compensation | None, *kept: Tensor) -> Tensor:
         x = on_bits.dense(x)
-        ctx.clip, ctx.strides, ctx.has_kept = clip, x.stride(), bool(kept)
+        ctx.clip, ctx.compensate, ctx.strides, ctx.has_kept = clip, compensate, x.stride(), bool(kept)
         ctx.save_for_backward(*(kept or (on_bits.inside_bits(x, clip),)))
         return on_bits.signs(x)
 
@@ -119,16 +123,30 @@ class _ClippedSign(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         saved = ctx.saved_tensors
         if ctx.has_kept:
-            return Kept.clipped(saved, grad, ctx.clip), None, *[None] * len(saved)
-        return on_bits.keep_where(saved[0], on_bits.with_strides(grad, ctx.strides)), None
+            clipped = Kept.clipped(saved, grad, ctx.clip)
+        else:
+            clipped = on_bits.keep_where(saved[0], on_bits.with_strides(grad, ctx.strides))
+        if ctx.compensate is not None:
+            clipped = ctx.compensate(clipped, grad)
+        return clipped, None, None, *([None] * len(saved) if ctx.has_kept else ())
 
 
-def clipped_sign(x: Tensor, clip: float = 1.0) -> Tensor:
-    """sign(x) with the gradient of clamp(x, -clip, clip): the straight-through estimator (arXiv 1602.02830, eq. 4)."""
+def _compensated(grad: Tensor, x: Tensor, clip: float, compensate: Compensation) -> Tensor:
+    return compensate(clipped_gradient(grad, x, clip), grad)
+
+
+def clipped_sign(x: Tensor, clip: float = 1.0, compensate: Compensation | None = None) -> Tensor:
+    """sign(x) with the gradient of clamp(x, -clip, clip): the straight-through estimator (arXiv 1602.02830, eq. 4).
+
+    `compensate`: what it becomes instead, from the clipped gradient, which it may change in place, and the whole one.
+    """
     if not on_bits.runs_on_bits(x):
+        if compensate is not None:
+            return surrogate_sign(x, _compensated, settings=(clip, compensate))
         return surrogate_sign(x, clipped_gradient, settings=(clip,))
     kept = Kept.of(x)
-    signs = _ClippedSign.apply(x, clip, *(kept.tensors if kept is not None and kept.tells(clip) else ()))
+    exact = kept is not None and kept.tells(clip)
+    signs = _ClippedSign.apply(x, clip, compensate, *(kept.tensors if exact else ()))
     return signs if kept is None else kept.hand_on(signs)
 
 

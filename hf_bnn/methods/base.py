@@ -48,7 +48,7 @@ class Part(nn.Module):
 
     site: Site | None = None
     emits_signs = False  # whether, at present, it puts out -1 and +1 and nothing else: products then run on bits
-    keeps_inputs = False  # whether what it puts around an operator keeps the operator's inputs for the backward pass
+    keeps_inputs = False  # whether it keeps its inputs, 4 bytes a number, for the backward pass
 
     def begin_step(self, layer: nn.Module, step: Step) -> None:
         """Before the first forward of an optimizer step."""

@@ -116,6 +116,8 @@ class MaskedSign(Part):
     a trainer, which calls `begin_step`, everything is a sign.
     """
 
+    keeps_inputs = True
+
     def __init__(self, method: "Stompp", shape: tuple[int, ...], scaling: str | None):
         super().__init__()
         self.method, self.scaling = method, scaling

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..functional import clipped_gradient, surrogate_sign
+from ..estimators import clipped_sign
 from .base import ClippedSign, Method, Part, Site
 
 AUX = ("own", "shared", "lowrank", "leaky")
@@ -172,9 +173,8 @@ def _output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def leaky_gradient(extra: Tensor, x: Tensor, clip: float, eta: float, record: Record | None) -> Tensor:
+def leaky_gradient(main: Tensor, extra: Tensor, eta: float, record: Record | None) -> Tensor:
     """g_b + lambda g_a where g_a, the branch's share, is the unclipped gradient itself."""
-    main = clipped_gradient(extra, x, clip)
     scale = gradient_scale(eta, main, extra)
     if record is not None:
         record.write(main, extra, scale)
@@ -191,7 +191,8 @@ class LeakySign(Recorder):
         self.clip, self.eta = clip, eta
 
     def forward(self, x: Tensor) -> Tensor:
-        return surrogate_sign(x, leaky_gradient, settings=(self.clip, self.eta, self.active_record(x, self.clip)))
+        record = self.active_record(x, self.clip)
+        return clipped_sign(x, self.clip, partial(leaky_gradient, eta=self.eta, record=record))
 
     def clip_bound(self) -> float:
         return self.clip

@@ -50,8 +50,9 @@ class BinaryMatmul(BinaryLayer):
         return self._rescale(left_signs, right_signs, exact_matmul(left_signs, right_signs)).to(left.dtype)
 
     def _learning_forward(self, left: Tensor, right: Tensor) -> Tensor:
-        left_signs = self.left_binarizer(self.left_levels.normalize(left, self.runs_on_bits, self.left_retained))
-        right_signs = self.right_binarizer(self.right_levels.normalize(right, self.runs_on_bits))
+        compact = [self.runs_on_bits and not part.keeps_inputs for part in (self.left_binarizer, self.right_binarizer)]
+        left_signs = self.left_binarizer(self.left_levels.normalize(left, compact[0], self.left_retained))
+        right_signs = self.right_binarizer(self.right_levels.normalize(right, compact[1]))
         pure = self.runs_on_bits and self.left_binarizer.emits_signs and self.right_binarizer.emits_signs
         if pure and takes(None, left_signs, right_signs):
             return self._rescale(left_signs, right_signs, None)

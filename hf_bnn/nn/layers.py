@@ -244,12 +244,13 @@ class WeightedLayer(BinaryLayer):
         """The binary operator as the method's parts see it: differentiable, on floats."""
         signs = x
         if self.input_binarizer is not None:
-            u = self.input_levels.normalize(x, self.runs_on_bits, self.around.keeps_inputs)
-            signs = self.input_binarizer(u)
+            compact = self.runs_on_bits and not self.input_binarizer.keeps_inputs
+            signs = self.input_binarizer(self.input_levels.normalize(x, compact, self.around.keeps_inputs))
         if self.weight_binarizer is None:
             return self._with_float_weight(signs)
         weight, scale = self.weight_binarizer(self.weight), self.scale()
-        pure = self.runs_on_bits and self.weight_binarizer.emits_signs and signs is not x and self.input_binarizer.emits_signs
+        pure = self.runs_on_bits and self.weight_binarizer.emits_signs
+        pure = pure and self.input_binarizer is not None and self.input_binarizer.emits_signs
         if self.weight_scaling != "none":
             # A channel of zeros puts out 0 because its signs do, not its scale: so its weights get a gradient.
             silenced, scale = silence(weight, scale), learning_scale(scale, weight[0].numel())
@@ -270,7 +271,8 @@ class WeightedLayer(BinaryLayer):
             offset = total if offset is None else total + offset
         level = torch.as_tensor(level, device=signs.device)
         packed = PackedSigns.of(self.weight)
-        return sign_product_on_bits(self.product, signs, weight, weight_scale, level, offset, packed).to(self.weight.dtype)
+        y = sign_product_on_bits(self.product, signs, weight, weight_scale, level, offset, packed)
+        return y.to(self.weight.dtype)
 
     def _with_float_weight(self, signs: Tensor) -> Tensor:
         scale, shift = self.input_levels.affine()
