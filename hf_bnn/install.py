@@ -20,9 +20,9 @@ def install_method(model: nn.Module, method: Method | None = None) -> nn.Module:
 
     None stands for the straight-through estimator.
     """
-    from .methods.base import Method
+    from .methods.ste import STE
 
-    method = method or Method()
+    method = method or STE()
     layers = binary_layers(model)
     for layer, site in zip(layers, _sites(model, layers), strict=True):
         layer.install(method, site)

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Method, Part, Site
+from .base import ClippedInputs, Part, Site
 from .unscaled_sign import UnscaledSign
 
 
 @dataclass(frozen=True)
-class DoReFa(Method):
+class DoReFa(ClippedInputs):
     """DoReFa-Net (arXiv 1606.06160, eq. 8) with 1-bit weights: r_o = sign(r_i) E|r_i|, dL/dr_i = dL/dr_o.
 
     The straight-through estimator of hf_bnn has dL/dr_i = s dL/dr_o, with the scale s. The paper's scale is one per

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .base import Method, Part, Site
+from .base import ClippedInputs, Part, Site
 from .gradient_hook import GradientHook, RawSign
 from .selective_scan import BLOCKS
 
@@ -17,7 +17,7 @@ HISTORY_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Fsg(Method):
+class Fsg(ClippedInputs):
     """FSG (arXiv 2412.11777): the latent weight's gradient is M = beta slow + (1 - beta) fast, made by two small nets.
 
     Per binary weight W_hat = s sign(W), with its raw gradient g = dL/dW_hat:

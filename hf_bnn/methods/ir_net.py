@@ -113,10 +113,10 @@ class IRNet(Method):
     Deviations: the scale is the model's structure (mean |w| unless it says otherwise), not the paper's power of two
     2^round(log2(mean |W_std|)); W is divided by its standard deviation in the gradient only. With `libra` False,
     weights take the estimator alone, at w over its channel's standard deviation, taken as a constant unit: g'(w / std).
-    Inputs have no clip bound: `clip` stays 1.
+    Inputs have no clip bound.
 
     >>> IRNet(libra=False).to_dict()
-    {'name': 'ir_net', 'clip': 1.0, 't_min': 0.1, 't_max': 10.0, 'libra': False}
+    {'name': 'ir_net', 't_min': 0.1, 't_max': 10.0, 'libra': False}
     """
 
     name: ClassVar[str] = "ir_net"
@@ -129,9 +129,6 @@ class IRNet(Method):
     libra: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.clip != 1:
-            raise ValueError(f"clip={self.clip}: expected 1, because IR-Net has no clip bound; see t_min and t_max")
         if not self.t_min > 0:
             raise ValueError(f"t_min={self.t_min}: expected a number > 0")
         if not self.t_max >= self.t_min:

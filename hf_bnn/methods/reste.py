@@ -61,7 +61,7 @@ class ReSTE(Method):
     o grows over training from 1, the straight-through estimator, to `o_end`: o = 1 + (o_end - 1) (1 - cos(pi p / 2)) at
     the share p of the steps, the schedule of the authors' code (github.com/DravenALG/ReSTE). The gradient is 0 where
     |x| > `threshold`; where |x| <= `interval` = m it is the difference quotient f(m) / m, because f' has a pole at 0.
-    `threshold` is the bound of inputs: `clip` stays 1.
+    `threshold` is the clip bound of inputs.
 
     Deviations. `standardize`: weights are taken in units of their output channel's standard deviation, in the gradient
     only: f'(w / std), the unit a constant and no factor. The authors' code takes them as they are (False); those of a
@@ -70,7 +70,7 @@ class ReSTE(Method):
     flows through (here not).
 
     >>> ReSTE(o_end=2.0).to_dict()
-    {'name': 'reste', 'clip': 1.0, 'o_end': 2.0, 'threshold': 1.5, 'interval': 0.1, 'standardize': True}
+    {'name': 'reste', 'o_end': 2.0, 'threshold': 1.5, 'interval': 0.1, 'standardize': True}
     """
 
     name: ClassVar[str] = "reste"
@@ -84,9 +84,6 @@ class ReSTE(Method):
     standardize: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.clip != 1:
-            raise ValueError(f"clip={self.clip}: expected 1, because ReSTE's bound is its threshold")
         if not self.o_end >= 1:
             raise ValueError(f"o_end={self.o_end}: expected a number >= 1")
         if not self.interval > 0:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..functional import clipped_gradient, sign, weight_scale
-from .base import ClippedSign, IdentitySign, Method, Part, Position, Site, Step
+from .base import ClippedInputs, ClippedSign, IdentitySign, Part, Position, Site, Step
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cubic": lambda x: x**3,
@@ -173,7 +173,7 @@ class MaskedSign(Part):
 
 
 @dataclass(frozen=True)
-class Stompp(Method):
+class Stompp(ClippedInputs):
     """StoMPP (arXiv 2606.27759): u' = M sign(u) + (1 - M) clip(u, -1, 1), with a mask M that fills up layer by layer.
 
     Each unit has a window of steps in which the frozen share of its entries goes from 0 to 1 as `schedule` says

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..functional import clipped_gradient, surrogate_sign
-from .base import ClippedSign, Method, Part, Site
+from .base import ClippedInputs, ClippedSign, Part, Site
 
 AUX = ("own", "shared", "lowrank", "leaky")
 STATISTICS = ("clipped", "lambda", "cosine")
@@ -194,7 +194,7 @@ class LeakySign(Recorder):
 
 
 @dataclass(frozen=True)
-class Surge(Method):
+class Surge(ClippedInputs):
     """SURGE (arXiv 2605.10989): dL/dx = g_b + lambda g_a, with lambda = eta ||g_b|| / (||g_a|| + 1e-8), g_a = G W_a.
 
     `aux` says what W_a is: "own" (the paper: weights of its own, first a copy of the latent ones, with the gradient

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..functional import surrogate_sign
-from .base import Method, Part, Site
+from .base import ClippedInputs, Part, Site
 from .unscaled_sign import UnscaledSign, inverse_scale
 
 
@@ -27,7 +27,7 @@ class ScaledSign(UnscaledSign):
 
 
 @dataclass(frozen=True)
-class XNOR(Method):
+class XNOR(ClippedInputs):
     """XNOR-Net (arXiv 1603.05279, section 3.1): for W_hat = alpha sign(W), with alpha = mean |W| over n weights,
     dL/dW_i = dL/dW_hat_i (1/n + 1{|W_i| <= 1} alpha).
 
