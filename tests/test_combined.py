@@ -27,8 +27,8 @@ from hf_bnn.methods import (
 )
 from hf_bnn.methods.approx_sign import ApproximateSign
 from hf_bnn.methods.base import ClippedSign, Direct, IdentitySign
+from hf_bnn.methods.scaled_weight import SignWithScaledWeightGradient
 from hf_bnn.methods.surge import AuxiliaryBranch
-from hf_bnn.methods.unscaled_sign import UnscaledSign
 from hf_bnn.nn.layers import BinaryLinear
 from hf_bnn.nn.levels import SignedLevels
 
@@ -41,7 +41,7 @@ THREE = make_method("dorefa+approx_sign+surge", "clip=2,surge.eta=0.3")
 
 def test_each_slot_is_filled_by_the_method_that_claims_it():
     layer = BinaryLinear(12, 8)
-    assert type(THREE.weight_binarizer(SITE)) is UnscaledSign
+    assert type(THREE.weight_binarizer(SITE)) is SignWithScaledWeightGradient
     assert type(THREE.input_binarizer(SITE, (12,))) is ApproximateSign
     around = THREE.around(SITE, layer)
     assert type(around) is AuxiliaryBranch

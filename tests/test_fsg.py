@@ -18,9 +18,11 @@ from torch.func import functional_call
 
 from hf_bnn import binarize_
 from hf_bnn.functional import weight_scale
-from hf_bnn.methods import STE, ApproxSign, Method, Site, Step, Surge, gradient_hook, make_method
-from hf_bnn.methods.fsg import BINARIZERS, Fsg
-from hf_bnn.methods.gradient_hook import GradientHistory, GradientHook, RawSign, calibrate
+from hf_bnn.methods import STE, ApproxSign, Method, Site, Step, Surge, make_method
+from hf_bnn.methods.fsg import BINARIZERS, Fsg, gradient_hook
+from hf_bnn.methods.fsg.calibration import calibrate
+from hf_bnn.methods.fsg.gradient_hook import GradientHook, RawSign
+from hf_bnn.methods.fsg.history import GradientHistory
 from hf_bnn.methods.metaquant import MetaQuant
 from hf_bnn.nn.layers import binary_layers
 from hf_bnn.training import begin_step, end_backward, hook_optimizer, parameter_roles, statistics

@@ -75,6 +75,27 @@ class Part(nn.Module):
         return 1.0
 
 
+class RecordingPart(Part):
+    """A part that records named statistics in the steps that are logged.
+
+    A subclass lists their names in `statistic_names` and writes their values, in this order, to the buffer `recorded`
+    while `recording` is set.
+    """
+
+    statistic_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("recorded", torch.zeros(len(self.statistic_names)), persistent=False)
+        self.recording = False
+
+    def begin_step(self, layer: nn.Module, step: Step) -> None:
+        self.recording = step.log
+
+    def statistics(self) -> dict[str, float]:
+        return dict(zip(self.statistic_names, self.recorded.tolist(), strict=True)) if self.recording else {}
+
+
 class ClippedSign(Part):
     """sign(x), with the gradient of clamp(x, -clip, clip)."""
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .base import ClippedInputs, Part, Site
-from .unscaled_sign import UnscaledSign
+from .scaled_weight import SignWithScaledWeightGradient
 
 
 @dataclass(frozen=True)
@@ -25,4 +25,4 @@ class DoReFa(ClippedInputs):
     idea: ClassVar[str] = "latent weights take the gradient of the scaled binary ones, not of their signs"
 
     def weight_binarizer(self, site: Site) -> Part:
-        return UnscaledSign(site.weight_scaling)
+        return SignWithScaledWeightGradient(site.weight_scaling)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ..functional import surrogate_sign
 from .base import ClippedInputs, Part, Site
-from .unscaled_sign import UnscaledSign, inverse_scale
+from .scaled_weight import SignWithScaledWeightGradient, inverse_scale
 
 
-def scaled_gradient(grad: Tensor, weight: Tensor, scaling: str) -> Tensor:
+def sign_and_scale_gradient(grad: Tensor, weight: Tensor, scaling: str) -> Tensor:
     """The paper's gradient from dL/dsign = s dL/dW_hat: (grad / s) (1/n + 1{|W| <= 1} s)."""
     factor = weight.abs().le_(1)
     if scaling != "none":
@@ -19,11 +19,11 @@ def scaled_gradient(grad: Tensor, weight: Tensor, scaling: str) -> Tensor:
     return factor.mul_(grad)
 
 
-class ScaledSign(UnscaledSign):
-    """sign(w), with the gradient that the scaled weight W_hat = s sign(W) hands to W where s depends on W too."""
+class SignWithScaleGradient(SignWithScaledWeightGradient):
+    """sign(w), with the gradient of W_hat = s sign(W) through the sign and, because s depends on W, through s."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        return surrogate_sign(weight, scaled_gradient, settings=(self.scaling,))
+        return surrogate_sign(weight, sign_and_scale_gradient, settings=(self.scaling,))
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,4 @@ class XNOR(ClippedInputs):
     idea: ClassVar[str] = "latent weights take the gradient of their signs and, entry by entry, of their scale"
 
     def weight_binarizer(self, site: Site) -> Part:
-        return ScaledSign(site.weight_scaling)
+        return SignWithScaleGradient(site.weight_scaling)
