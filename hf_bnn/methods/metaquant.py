@@ -29,4 +29,4 @@ class MetaQuant(Fsg):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta != 0:
-            raise ValueError(f"beta={self.beta}: MetaQuant has no slow net, so beta must stay 0; fsg has one")
+            raise ValueError(f"beta={self.beta}: MetaQuant has no slow net, so that it stays 0; fsg has one")
