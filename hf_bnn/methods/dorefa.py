@@ -1,4 +1,4 @@
-"""DoReFa-Net: the gradient of the scaled weights goes to the latent ones as it is (arXiv 1606.06160)."""
+"""DoReFa-Net: latent weights take the gradient of the scaled weights unchanged (arXiv 1606.06160)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

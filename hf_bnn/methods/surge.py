@@ -1,4 +1,4 @@
-"""SURGE: a full-precision branch beside each binary operator, felt only in the backward pass (arXiv 2605.10989)."""
+"""SURGE: a full-precision branch beside each binary operator, used in the backward pass only (arXiv 2605.10989)."""
 
 import math
 from collections.abc import Callable
@@ -190,13 +190,13 @@ class LeakySign(BackwardRecorder):
 class Surge(ClippedInputs):
     """SURGE (arXiv 2605.10989): dL/dx = g_b + lambda g_a, with lambda = eta ||g_b|| / (||g_a|| + 1e-8), g_a = G W_a.
 
-    `aux` says what W_a is: "own" (the paper: weights of its own, first a copy of the latent ones, with the gradient
+    `aux` chooses W_a: "own" (as in the paper: separate weights, initially a copy of the latent ones, with the gradient
     lambda G^T x), "shared" (the latent weights themselves), "lowrank" (own, of rank `rank`), "leaky" (the binary
-    weights: no branch and no extra product, a leaky straight-through estimator; elastic levels feel lambda too).
+    weights: a leaky straight-through estimator without branch or extra product; lambda reaches elastic levels too).
     `eta`: 0.03 to 0.1 suits transformers.
 
-    lambda belongs to the micro-batch and the rank: gradient accumulation changes it by a few percent. Deviation: the
-    paper prints y = f_b - sg(lambda f_a) + lambda f_a; here f_a is not computed, so that y is f_b to the last bit.
+    lambda is computed per micro-batch and rank, so that gradient accumulation changes it by a few percent. Deviation:
+    the paper prints y = f_b - sg(lambda f_a) + lambda f_a; here f_a is not computed, so that y equals f_b bit for bit.
 
     >>> Surge(eta=0.3, aux="leaky").to_dict()
     {'name': 'surge', 'clip': 1.0, 'eta': 0.3, 'aux': 'leaky', 'rank': 32}
