@@ -1,4 +1,4 @@
-"""Products of two activations on two levels each, and attention made of them."""
+"""Products of two binary activations, and attention that is computed with them."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import exact_matmul, sign
 from ..kernels.reference import MASKED
-from .layers import BinaryLayer
+from .latent import BinaryLayer
 from .levels import BooleanLevels, ElasticLevels, SignedLevels
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class BinaryMatmul(BinaryLayer):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         if self.learns(left, right):
+            self.raise_unless_trainable()
             return self.around(self._learning_forward, left, right)
         left_signs = sign(left.float() - self.left_levels.threshold())
         right_signs = sign(right.float() - self.right_levels.threshold())
@@ -108,7 +109,7 @@ class BinaryAttention(nn.Module):
         dropout: float = 0.0,
         need_weights: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Whoever sets `need_weights` to False must not count on the probabilities."""
+        """With `need_weights` False the second output is undefined."""
         scores = self.scores(query, key.transpose(-1, -2)) * scaling
         if (mask := additive_mask(mask, scores.dtype)) is not None:
             scores = scores + mask
@@ -120,10 +121,10 @@ class BinaryAttention(nn.Module):
 class BooleanAttention(BinaryAttention):
     """bool(q k^T - b) v: no softmax, a query attends to a token or not (BiBERT, arXiv 2203.06390, section 3.3).
 
-    As BinaryAttention, with attention weights on {0, a} by the scaled score and a learned threshold b. BiBERT has a = 1
-    and b = 0; here a begins, once fitted, as one over the number of attended tokens, so that contexts are in the order
-    of size of a softmax's. A masked token, one with a mask below -1000, has weight 0 and gets no gradient. Returns the
-    weights in place of the probabilities.
+    Attention weights are in {0, a}: a where the scaled score reaches a learned threshold b. BiBERT has a = 1 and b = 0;
+    here a is fitted to one over the number of attended tokens, so that contexts are about as large as after a softmax.
+    A token with a mask below -1000 has weight 0 and gets no gradient. Otherwise as BinaryAttention; the weights are
+    returned in place of the probabilities.
 
     >>> import torch
     >>> attention = BooleanAttention().eval().requires_grad_(False)
@@ -147,8 +148,8 @@ class BooleanAttention(BinaryAttention):
     ) -> tuple[Tensor, Tensor | None]:
         levels = self.context.left_levels
         scores = self.scores(query, key.transpose(-1, -2)) * scaling
-        # Far enough below the threshold for any surrogate gradient, and no mask's -inf or 1e38, which methods would
-        # meet in their statistics. It moves with the threshold, so that neither learns from the other.
+        # Far enough below the threshold that every surrogate gradient is 0, but finite, because methods compute
+        # statistics of the scores. It moves with the threshold, so that neither learns from the other.
         low = (levels.threshold() - 2).to(scores.dtype)
         if (mask := additive_mask(mask, scores.dtype)) is not None:
             scores = torch.where(mask < MASKED, low, scores + mask)

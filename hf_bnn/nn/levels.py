@@ -1,4 +1,4 @@
-"""Which two values a binary tensor takes: `scale * s + shift`, s in {-1, +1}. Belongs to the model, not the method."""
+"""The two values of a binary tensor: `scale * s + shift`, s in {-1, +1}. They belong to the model, not the method."""
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class _Normalize(torch.autograd.Function):
 
 
 class SignedLevels(nn.Module):
-    """{-1, +1}: the sign and nothing else. The base of all levels.
+    """{-1, +1}: the plain sign. The base of all levels.
 
     >>> levels = SignedLevels()
     >>> levels.normalize(torch.tensor([-0.3, 0.2]))
@@ -46,7 +46,7 @@ class SignedLevels(nn.Module):
         return 0.0
 
     def normalize(self, x: Tensor) -> Tensor:
-        """The real number whose sign decides, in units in which the levels are -1 and +1. Same shape."""
+        """The number whose sign is taken, in units in which the levels are -1 and +1. Same shape as `x`."""
         return x
 
     def affine(self) -> tuple[Tensor | float, Tensor | float]:
@@ -54,7 +54,7 @@ class SignedLevels(nn.Module):
         return 1.0, 0.0
 
     def fit(self, x: Tensor) -> None:
-        """Move learned levels, in place, to where they represent `x` best. Fixed levels stay."""
+        """Fit learned levels to `x`, in place. Fixed levels stay."""
 
 
 class UnsignedLevels(SignedLevels):
@@ -77,9 +77,9 @@ class UnsignedLevels(SignedLevels):
 
 
 class LearnedLevels(SignedLevels):
-    """The base of levels with parameters: what they have in common is how they begin."""
+    """The base of levels with parameters. They are fresh until they are fitted or loaded."""
 
-    fresh = True  # until they are fitted or loaded
+    fresh = True
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "_hf_hook" and any(
@@ -153,9 +153,9 @@ class ElasticLevels(LearnedLevels):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """The width of least squared error for a threshold of 0, or of half the width if not signed (Lloyd-Max).
+        """Set the width of least squared error for a threshold of 0, or of half the width if not signed (Lloyd-Max).
 
-        Only if they are fresh: levels that were fitted or loaded stay.
+        Levels that were fitted or loaded before stay as they are.
         """
         if not self.fresh or x.numel() == 0:
             return
@@ -195,9 +195,10 @@ class ElasticLevels(LearnedLevels):
 
 
 class BooleanLevels(ElasticLevels):
-    """{0, a} around a learned b: of attention scores, whose size says nothing of a (bool(A), BiBERT, arXiv 2203.06390).
+    """{0, a} around a learned b, for attention scores (bool(A), BiBERT, arXiv 2203.06390).
 
-    A score is compared as it is: within 1 of b, the straight-through estimator sees it. BiBERT has a = 1 and b = 0.
+    Scores are not divided by a, because their size is unrelated to it: the straight-through estimator passes the
+    gradient of scores within 1 of b. BiBERT has a = 1 and b = 0.
 
     >>> BooleanLevels().normalize(torch.tensor([-0.3, 0.2]))
     tensor([-0.3000,  0.2000], grad_fn=<SubBackward0>)
@@ -208,9 +209,9 @@ class BooleanLevels(ElasticLevels):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """The width with which a row of `x` adds up to 1 in the mean, as it would after a softmax. b stays.
+        """Set the width so that rows of `x` sum to 1 on average, as after a softmax. b stays.
 
-        Only if they are fresh: levels that were fitted or loaded stay.
+        Levels that were fitted or loaded before stay as they are.
         """
         if not self.fresh or x.numel() == 0:
             return
