@@ -2,12 +2,13 @@
 
 import importlib
 
-from . import adapters  # noqa: F401 (watches over PEFT's adapters around binary layers)
+from . import adapters  # noqa: F401 (checks PEFT's adapters around binary layers)
 from .convert import binarize_, pack_, unpack_
 from .diagnostics import InputReport, check_inputs
 from .execution import bypassed_layers, check_layers_run
 from .fused import optimize_
 from .install import calibrate_, install_method
+from .method_table import METHOD_CLASSES
 from .models import (
     BinaryBertConfig,
     BinaryBertForMaskedLM,
@@ -37,21 +38,13 @@ _LAZY = {
     "BinaryTrainer": "training.trainer",
     "BinaryTrainingArguments": "training.arguments",
     "METHODS": "methods",
-    "STE": "methods",
-    "XNOR": "methods",
-    "ApproxSign": "methods",
-    "DoReFa": "methods",
-    "IRNet": "methods",
-    "ReSTE": "methods",
-    "Fsg": "methods",
-    "MetaQuant": "methods",
     "Method": "methods",
-    "Stompp": "methods",
-    "Surge": "methods",
     "make_method": "methods",
+    "register_method": "methods",
+    **dict.fromkeys(METHOD_CLASSES, "methods"),
 }
 
-__all__ = [  # noqa: RUF022
+__all__ = [
     "BinaryBertConfig",
     "BinaryBertForMaskedLM",
     "BinaryBertForMultipleChoice",
@@ -60,8 +53,6 @@ __all__ = [  # noqa: RUF022
     "BinaryBertForTokenClassification",
     "BinaryBertModel",
     "BinaryConfig",
-    "BinaryTrainer",
-    "BinaryTrainingArguments",
     "BinaryResNetBackbone",
     "BinaryResNetConfig",
     "BinaryResNetForImageClassification",
@@ -70,31 +61,19 @@ __all__ = [  # noqa: RUF022
     "BinaryViTForImageClassification",
     "BinaryViTForMaskedImageModeling",
     "BinaryViTModel",
-    "METHODS",
-    "STE",
-    "XNOR",
-    "ApproxSign",
-    "DoReFa",
-    "IRNet",
-    "ReSTE",
-    "Fsg",
     "InputReport",
-    "MetaQuant",
-    "Method",
-    "Stompp",
     "Summary",
-    "Surge",
     "binarize_",
     "bypassed_layers",
     "calibrate_",
     "check_inputs",
     "check_layers_run",
     "install_method",
-    "make_method",
     "optimize_",
     "pack_",
     "summary",
     "unpack_",
+    *_LAZY,
 ]
 
 

@@ -97,7 +97,7 @@ class _Normalized(torch.autograd.Function):
         return grad_x, -grad_x.sum(), -on_bits.dot(grad_x, u), None, None
 
 
-def normalized(x: Tensor, threshold: Tensor, scale: Tensor, compact: bool, retained: bool) -> Tensor:
+def normalized(x: Tensor, threshold: Tensor, scale: Tensor, compact: bool = False, retained: bool = False) -> Tensor:
     """(x - threshold) / scale, the shape of `x`.
 
     `compact`: keep a byte of each number for the gradient of `scale`, which is then that of inputs rounded to 1/64 of a

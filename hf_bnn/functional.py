@@ -23,7 +23,7 @@ def clipped_gradient(grad: Tensor, x: Tensor, clip: float | Tensor) -> Tensor:
 
 
 def sign_int8(x: Tensor, threshold: Tensor | float = 0.0) -> Tensor:
-    """-1 where `x < threshold`, else +1, as int8: what the integer product takes."""
+    """-1 where `x < threshold`, else +1, as int8, the operand of the integer product."""
     return (x < threshold).to(torch.int8).mul_(-2).add_(1)
 
 
@@ -68,7 +68,7 @@ class _SurrogateSign(torch.autograd.Function):
 
 
 def surrogate_sign(x: Tensor, gradient: Callable[..., Tensor], *tensors: Tensor, settings: tuple = ()) -> Tensor:
-    """sign(x) whose backward is `gradient(grad, x, *tensors, *settings)`: what tells most methods apart.
+    """sign(x) whose backward is `gradient(grad, x, *tensors, *settings)`. Most methods differ only in it.
 
     `gradient` returns a tensor of the shape and dtype of `grad`; `tensors` are constants, `settings` no tensors.
     """
@@ -111,10 +111,10 @@ def weight_scale(weight: Tensor, scaling: str = "channel") -> Tensor:
 
 
 def learning_scale(scale: Tensor, inputs: int) -> Tensor:
-    """`scale` `(out,)`, never 0: what a gradient is multiplied by. `inputs`: the weights of an output channel.
+    """`scale` `(out,)`, but never 0: the factor of a gradient. `inputs`: the weights of an output channel.
 
-    Where the scale is 0, a channel of zeros, it is the mean scale of the layer, or 1 / sqrt(inputs) if all are 0: times
-    0, the gradient could never make such a channel anything else.
+    A scale of 0, from a channel of zeros, becomes the mean scale of the layer, or 1 / sqrt(inputs) if all are 0. With a
+    factor of 0 such a channel could never learn.
     """
     mean = scale.mean()
     usual = torch.where(mean == 0, inputs**-0.5, mean)
@@ -133,7 +133,7 @@ class _Silence(torch.autograd.Function):
 
 def silence(signs: Tensor, scale: Tensor) -> Tensor:
     """`signs` with 0 in the channels whose scale is 0; the gradient passes there, too. `scale` has shape `(out,)`."""
-    # A pass over the weights, which on a CPU costs more than to ask. Elsewhere the answer would have to be waited for.
+    # On a CPU this test is cheaper than the pass over the weights. Elsewhere it would have to synchronize.
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if scale.device.type == "cpu" and not traced and not bool((scale == 0).any()):
         return signs

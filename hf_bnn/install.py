@@ -16,13 +16,13 @@ if TYPE_CHECKING:  # at run time only training needs the methods: inference work
 
 
 def install_method(model: nn.Module, method: Method | None = None) -> nn.Module:
-    """Give every binary layer the method's parts, in place. Whatever an earlier method left is dropped.
+    """Give every binary layer the method's parts, in place. The parts of an earlier method are dropped.
 
     None stands for the straight-through estimator.
     """
-    from .methods.base import Method
+    from .methods.ste import STE
 
-    method = method or Method()
+    method = method or STE()
     layers = binary_layers(model)
     for layer, site in zip(layers, _sites(model, layers), strict=True):
         layer.install(method, site)
@@ -32,18 +32,19 @@ def install_method(model: nn.Module, method: Method | None = None) -> nn.Module:
 
 
 @torch.no_grad()
-def number_by_execution_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
-    """Number the binary layers in the order in which `run()` executes them, in place, for methods that go by it.
+def number_by_execution_(model: nn.Module, forward: Callable[[], object]) -> nn.Module:
+    """Number the binary layers, in place, in the order in which `forward()` executes them.
 
-    Without it they count in the order of definition, which differs where a shortcut is defined before the main path.
-    Layers that read the same tensor (query, key, value) become a group. Layers that do not run come last.
+    Methods that depend on the order need this. Otherwise layers count in the order of definition, which differs where a
+    shortcut is defined before the main path. Layers that read the same tensor (query, key, value) become a group.
+    Layers that do not run come last.
     """
     inputs: dict[BinaryLayer, object] = {}  # kept alive, so that no two of them have the same identity
 
     def note(layer: BinaryLayer, arguments: tuple) -> None:
         inputs.setdefault(layer, arguments[0])
 
-    _run_watched(model, run, note)
+    _run_watched(model, forward, note)
     layers = [*inputs, *(layer for layer in binary_layers(model) if layer not in inputs)]
     groups = [id(inputs.get(layer, layer)) for layer in layers]
     for layer, site in zip(layers, _sites(model, layers, groups), strict=True):
@@ -52,7 +53,7 @@ def number_by_execution_(model: nn.Module, run: Callable[[], object]) -> nn.Modu
 
 
 def _sites(model: nn.Module, layers: list[BinaryLayer], groups: list[int] | None = None) -> Iterator[Site]:
-    """Where each of the layers is, in the order given; layers of the same group have the same number in `groups`."""
+    """The site of each layer, in the order given. Layers of the same group have the same number in `groups`."""
     from .methods.base import Site
 
     blocks = _blocks(model)
@@ -65,7 +66,7 @@ def _sites(model: nn.Module, layers: list[BinaryLayer], groups: list[int] | None
 
 
 def _positions(keys: list) -> list[Position]:
-    """Equal keys share a place; places count up in the order in which their keys come first."""
+    """The position of each key. Equal keys share a position; positions count up in the order of first occurrence."""
     from .methods.base import Position
 
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
@@ -89,17 +90,17 @@ def _blocks(model: nn.Module) -> dict[BinaryLayer, str]:
 
 
 def binary_fraction(model: nn.Module) -> float:
-    """How far the method has come in making the model binary in training, 0 to 1 (1: all methods but StoMPP)."""
+    """The share of the model that the method has made binary in training, 0 to 1. Only StoMPP goes below 1."""
     binarizers = [part for layer in binary_layers(model) for slot, part in layer.parts() if slot != "around"]
     return sum(part.binary_fraction() for part in binarizers) / len(binarizers) if binarizers else 1.0
 
 
 @torch.no_grad()
-def calibrate_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
-    """Fit the learned levels that are still fresh to the inputs that they see in `run()`, in place, first layers first.
+def calibrate_(model: nn.Module, forward: Callable[[], object]) -> nn.Module:
+    """Fit fresh learned levels, in place, to the inputs that they get in `forward()`, from the first layer to the last.
 
-    Without it elastic levels start at width 1, whatever the size of the activations. Levels that were fitted or loaded
-    before stay as they are.
+    `forward` runs the model on a batch. Without calibration elastic levels start at width 1, whatever the size of the
+    activations. Levels that were fitted or loaded before stay as they are.
 
     >>> from hf_bnn import binarize_
     >>> from hf_bnn.nn.levels import ElasticLevels
@@ -108,17 +109,17 @@ def calibrate_(model: nn.Module, run: Callable[[], object]) -> nn.Module:
     >>> model[0].input_levels.width.item()
     0.25
     """
-    _run_watched(model, run, lambda layer, inputs: layer.fit_levels(*inputs))
+    _run_watched(model, forward, lambda layer, inputs: layer.fit_levels(*inputs))
     return model
 
 
-def _run_watched(model: nn.Module, run: Callable[[], object], watch: Callable[[BinaryLayer, tuple], None]) -> None:
-    """`run()` in evaluation mode, with `watch(layer, inputs)` called before each binary layer."""
+def _run_watched(model: nn.Module, forward: Callable[[], object], watch: Callable[[BinaryLayer, tuple], None]) -> None:
+    """Call `forward()` in evaluation mode, and `watch(layer, inputs)` before each binary layer."""
     modes = [(module, module.training) for module in model.modules()]  # parts may be frozen in evaluation
     hooks = [layer.register_forward_pre_hook(watch) for layer in binary_layers(model)]
     try:
         model.eval()
-        run()
+        forward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -127,14 +128,14 @@ def _run_watched(model: nn.Module, run: Callable[[], object], watch: Callable[[B
 
 
 def drop_method(model: nn.Module) -> None:
-    """Empty the slots of every binary layer that is left: it then only evaluates."""
+    """Empty the slots of every remaining binary layer, which then only evaluates."""
     for layer in binary_layers(model):
         for slot in layer.slots:
             setattr(layer, slot, None)
 
 
 def parts(model: nn.Module) -> Iterator[tuple[str, BinaryLayer, Part]]:
-    """(name, layer, part) of everything that the method has put into the model, in forward order."""
+    """(name, layer, part) of every part in the model, in forward order."""
     for name, layer in model.named_modules():
         if isinstance(layer, BinaryLayer):
             for slot, part in layer.parts():

@@ -11,6 +11,11 @@ _NN = "activations attention embeddings layers levels packed products scalar_lev
 _TRAINING = "trainer checked_trainer preparation checkpoints precision batch_norm distillation teacher allocator"
 MOVED = {f"hf_bnn.{name}": f"hf_bnn.nn.{name}" for name in _NN.split()}
 MOVED |= {f"hf_bnn.{name}": f"hf_bnn.training.{name}" for name in _TRAINING.split()}
+MOVED |= {
+    "hf_bnn.methods.gradient_hook": "hf_bnn.methods.fsg.gradient_hook",
+    "hf_bnn.methods.selective_scan": "hf_bnn.methods.fsg.nets",
+    "hf_bnn.methods.unscaled_sign": "hf_bnn.methods.scaled_weight",
+}
 MOVED |= {"hf_bnn.training_arguments": "hf_bnn.training.arguments", "hf_bnn.quantizer": "hf_bnn.models.plug_in"}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_bnn import binarize_, install_method, pack_
 from hf_bnn.functional import WEIGHT_SCALINGS, weight_scale
-from hf_bnn.methods import STE, XNOR, DoReFa, IRNet, Method, Part, ReSTE, Site, Step, Surge
+from hf_bnn.methods import STE, XNOR, DoReFa, IRNet, Method, Part, ReSTE, Site, Step, Surge, method_from_dict
 from hf_bnn.nn.layers import BinaryConv2d, BinaryLinear, binary_layers
 from hf_bnn.nn.levels import ElasticLevels
 from hf_bnn.training import begin_step, end_backward, hook_optimizer
@@ -492,15 +492,15 @@ def test_the_schedule_is_not_saved_because_the_step_tells_it(method: Method):
         (IRNet, {"t_min": 0.0}, "t_min=0.0: expected a number > 0"),
         (IRNet, {"t_min": math.nan}, "t_min=nan: expected a number > 0"),
         (IRNet, {"t_max": 0.05}, "t_max=0.05: expected a number >= t_min=0.1"),
-        (IRNet, {"clip": 2.0}, "clip=2.0: expected 1, because IR-Net has no clip bound; see t_min and t_max"),
+        (IRNet, {"clip": 2.0}, "clip=2.0 of method 'ir_net': expected 1, because the method has no clip bound; known"),
         (ReSTE, {"o_end": 0.5}, "o_end=0.5: expected a number >= 1"),
         (ReSTE, {"interval": 0.0}, "interval=0.0: expected a number > 0"),
         (ReSTE, {"threshold": 0.05}, "threshold=0.05: expected a number >= interval=0.1"),
-        (ReSTE, {"clip": 2.0}, "clip=2.0: expected 1, because ReSTE's bound is its threshold"),
+        (ReSTE, {"clip": 2.0}, "clip=2.0 of method 'reste': .* bound; known arguments: o_end, threshold, interval, s"),
         (XNOR, {"clip": 0.0}, "clip=0.0: expected a number > 0"),
         (DoReFa, {"clip": -1.0}, "clip=-1.0: expected a number > 0"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named_with_what_was_expected(cls: type[Method], arguments, message: str):
     with pytest.raises(ValueError, match=message):
-        cls(**arguments)
+        method_from_dict({"name": cls.name, **arguments})

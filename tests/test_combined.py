@@ -27,8 +27,8 @@ from hf_bnn.methods import (
 )
 from hf_bnn.methods.approx_sign import ApproximateSign
 from hf_bnn.methods.base import ClippedSign, Direct, IdentitySign
+from hf_bnn.methods.scaled_weight import SignWithScaledWeightGradient
 from hf_bnn.methods.surge import AuxiliaryBranch
-from hf_bnn.methods.unscaled_sign import UnscaledSign
 from hf_bnn.nn.layers import BinaryLinear
 from hf_bnn.nn.levels import SignedLevels
 
@@ -41,7 +41,7 @@ THREE = make_method("dorefa+approx_sign+surge", "clip=2,surge.eta=0.3")
 
 def test_each_slot_is_filled_by_the_method_that_claims_it():
     layer = BinaryLinear(12, 8)
-    assert type(THREE.weight_binarizer(SITE)) is UnscaledSign
+    assert type(THREE.weight_binarizer(SITE)) is SignWithScaledWeightGradient
     assert type(THREE.input_binarizer(SITE, (12,))) is ApproximateSign
     around = THREE.around(SITE, layer)
     assert type(around) is AuxiliaryBranch
@@ -122,7 +122,7 @@ def test_sums_of_sums_are_sums():
         ),
         (
             (ReSTE(), Surge(clip=2.0)),
-            "must agree on the clip bound of the inputs, but have reste.clip=1.0, surge.clip=2",
+            r"surge.clip=2.0 would be ignored in 'reste\+surge': 'reste' estimates the gradient of the inputs, and",
         ),
         ((Surge(),), "a sum needs at least two methods, got 1"),
         ((), "a sum needs at least two methods, got 0"),
@@ -172,7 +172,12 @@ def test_a_sum_is_read_from_the_command_line(name: str, arguments: str | None, e
             "clip=2,surge.clip=3",
             "argument 'clip' of method 'surge' is given twice: once is enough",
         ),
-        ("reste+surge", "clip=2", "clip=2.0: expected 1, because ReSTE's bound is its threshold"),
+        (
+            "reste+surge",
+            "clip=2",
+            "surge.clip=2.0 would be ignored .*: 'reste' estimates .*, and has no clip; leave",
+        ),
+        ("reste+ir_net", "clip=2", "unknown argument 'clip' of method 'reste'; known arguments: o_end, threshold"),
         (
             "approx_sign+surge",
             "dorefa.clip=2",
@@ -202,6 +207,12 @@ def test_a_sum_takes_keywords_too():
 def test_the_clip_bound_of_a_sum_is_that_of_its_methods():
     assert (Stompp(clip=2.0) + Surge(clip=2.0)).clip == 2.0
     assert THREE.clip == 2.0
+
+
+def test_inputs_that_no_method_claims_have_the_clip_bound_of_the_first_method_that_has_one():
+    part = (Hooked() + Surge(clip=2.0)).input_binarizer(SITE, (12,))
+    assert (type(part), part.clip) == (ClippedSign, 2.0)
+    assert (ReSTE() + Hooked()).clip is None
 
 
 def test_a_sum_is_written_as_the_list_of_its_methods():

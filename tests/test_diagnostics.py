@@ -10,7 +10,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_bnn import BinaryConfig, binarize_, calibrate_, check_inputs, pack_
 from hf_bnn.diagnostics import InputReport
-from hf_bnn.methods import Method
+from hf_bnn.methods import STE
 from hf_bnn.nn.layers import binary_layers
 from hf_bnn.nn.levels import ElasticLevels, UnsignedLevels
 
@@ -43,7 +43,7 @@ def test_a_resnet_that_was_only_converted_has_a_constant_sign_at_every_convoluti
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "bert"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_healthy_model_has_no_problem(kind: str, packed: bool):
-    net = make_net(kind, Method())
+    net = make_net(kind, STE())
     if packed:
         calibrate_(net.model, net.output)
         pack_(net.model)
@@ -53,7 +53,7 @@ def test_a_healthy_model_has_no_problem(kind: str, packed: bool):
 
 
 def test_the_even_attention_of_an_untrained_network_is_told_apart():
-    net = make_net("matmul", Method())
+    net = make_net("matmul", STE())
     [report] = [report for report in check_inputs(net.model, net.batch["x"]) if report.problem]
     assert (report.module, report.operand, report.high) == ("attention.context", "left", 1.0)
 

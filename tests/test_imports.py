@@ -17,7 +17,7 @@ from hf_bnn import pack_
 
 PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
-    {"machine", "observers", "integrity", "moved"},
+    {"machine", "observers", "integrity", "method_table", "moved"},
     {"functional"},
     {"methods", "kernels"},
     {"nn"},

@@ -7,7 +7,7 @@ from tiny import EVERY_METHOD, method_id, tiny_model
 from torch import Tensor, nn
 
 from hf_bnn import binarize_, install_method
-from hf_bnn.methods import Method
+from hf_bnn.methods import STE, Method
 from hf_bnn.nn.attention import BinaryAttention, BinaryMatmul, BooleanAttention
 from hf_bnn.nn.embeddings import BinaryEmbedding, Int8Embedding, RoundedEmbedding
 from hf_bnn.nn.layers import (
@@ -293,7 +293,7 @@ def test_boolean_attention_is_that_of_the_formula(training: bool):
 
 
 @pytest.mark.parametrize("closed", [-float("inf"), torch.finfo(torch.float32).min, -1e4])
-@pytest.mark.parametrize("method", [*EVERY_METHOD, Method(clip=100.0)], ids=method_id)
+@pytest.mark.parametrize("method", [*EVERY_METHOD, STE(clip=100.0)], ids=method_id)
 def test_boolean_attention_learns_nothing_from_a_masked_token(method: Method, closed: float):
     attention = install_method(BooleanAttention(), method).train()
     mask = torch.zeros(2, 1, 5, 5)

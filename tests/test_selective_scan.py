@@ -6,7 +6,7 @@ from torch import nn
 from transformers import MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
-from hf_bnn.methods.selective_scan import BLOCKS, FastNet, Recurrence, SelectiveScan, SlowNet
+from hf_bnn.methods.fsg.nets import BLOCKS, FastNet, Recurrence, SelectiveScan, SlowNet
 
 # d_model, d_state, d_conv, expand, time
 SIZES = [(8, 4, 4, 2, 6), (20, 3, 2, 1, 9), (8, 1, 4, 2, 2), (8, 4, 4, 2, 1)]

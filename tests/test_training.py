@@ -9,7 +9,7 @@ from tiny import make_net, tiny_model
 from torch import Tensor, nn
 
 from hf_bnn import binarize_, install_method
-from hf_bnn.methods import Method, Part, Site, Step, Surge
+from hf_bnn.methods import STE, Method, Part, Site, Step, Surge
 from hf_bnn.nn.levels import ElasticLevels
 from hf_bnn.training import (
     begin_step,
@@ -198,8 +198,8 @@ def test_the_first_layer_to_put_out_a_nan_is_named():
 
 
 def test_an_infinite_weight_is_found_in_its_layer():
-    model = make_net("bert", Method()).model
-    batch = make_net("bert", Method()).batch
+    model = make_net("bert", STE()).model
+    batch = make_net("bert", STE()).batch
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.bias[0] = float("inf")
     name = first_nonfinite_layer(model, lambda: model(**batch))

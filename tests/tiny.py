@@ -18,7 +18,7 @@ from hf_bnn import (
     install_method,
 )
 from hf_bnn.convert import replace_modules
-from hf_bnn.methods import METHODS, Fsg, IRNet, Method, Step, Stompp, Surge
+from hf_bnn.methods import METHODS, STE, Fsg, IRNet, Method, Step, Stompp, Surge
 from hf_bnn.nn.attention import BinaryAttention
 from hf_bnn.nn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.training import begin_step, end_backward, hook_optimizer
@@ -150,7 +150,7 @@ class Net(NamedTuple):
 
     model: nn.Module
     batch: dict[str, Tensor]
-    method: Method = Method()
+    method: Method = STE()
 
     def output(self) -> Tensor:
         """The logits."""

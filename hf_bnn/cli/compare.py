@@ -98,16 +98,16 @@ def compare(words: list[str]) -> int:
 
 def check(methods: list[str], seeds: list[int], passed: list[str]) -> None:
     """Raise UsageError for methods that do not exist, for what is given twice, and for what the comparison sets."""
-    from ..methods import make_method
+    from ..methods import make_method, split_arguments
 
     for values, option in ((methods, "--methods"), (seeds, "--seeds")):
         if twice := [value for value in values if values.count(value) > 1]:
             raise UsageError(f"{option} names {twice[0]!r} twice: once is enough")
     for method in methods:
-        name, _, settings = method.partition(":")
+        name, settings = split_arguments(method)
         try:
             if name != FLOAT:
-                make_method(name, settings or None)
+                make_method(name, settings)
         except ValueError as error:
             raise UsageError(f"--methods {method}: {error}") from error
     if len({folder_name(method) for method in methods}) < len(methods):
@@ -125,7 +125,9 @@ def folder_name(method: str) -> str:
 
 def arguments_of(method: str, seed: int, passed: list[str]) -> list[str]:
     """The task's arguments for one run, but for its folder."""
-    name, _, settings = method.partition(":")
+    from ..methods import split_arguments
+
+    name, settings = split_arguments(method)
     chosen = ["--binarize", "none"] if name == FLOAT else ["--method", name]
     chosen += ["--method_args", settings] if settings and name != FLOAT else []
     doing = [option for option in ("--do_train", "--do_eval") if option not in passed]

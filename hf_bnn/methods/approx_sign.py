@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..functional import surrogate_sign
-from .base import Method, Part, Site
+from .base import ClippedInputs, Part, Site
 
 
 def triangle_gradient(grad: Tensor, x: Tensor, clip: float) -> Tensor:
@@ -31,7 +31,7 @@ class ApproximateSign(Part):
 
 
 @dataclass(frozen=True)
-class ApproxSign(Method):
+class ApproxSign(ClippedInputs):
     """Bi-Real Net (arXiv 1808.00278, eq. 6 and 7): dF/dx = 2 + 2x on [-1, 0), 2 - 2x on [0, 1), 0 elsewhere.
 
     `clip` stretches the triangle: 1 is the paper's. Weights keep the straight-through estimator.

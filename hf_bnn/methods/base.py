@@ -1,14 +1,19 @@
-"""A method is a factory of parts; a part is a small module with a forward and two moments per optimizer step."""
+"""The base of methods and of parts.
+
+A method makes parts, which fill the slots of binary layers. A part is a small module with a forward and two moments per
+optimizer step: `begin_step` and `end_backward`.
+"""
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..estimators import clipped_sign, identity_sign
+from .arguments import read_arguments
 
 SLOTS = ("weight_binarizer", "input_binarizer", "around", "optimizer_hook")
 
@@ -21,7 +26,7 @@ class Position(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Where in the network a part lives: layer `index` of `count` in forward order."""
+    """The place of a part in the network: layer `index` of `count` in forward order."""
 
     index: int
     count: int
@@ -32,7 +37,7 @@ class Site(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where in training we are: optimizer step `index` of `total`, at learning rate `lr`; `log`: record statistics."""
+    """A moment of training: optimizer step `index` of `total`, at learning rate `lr`; `log`: record statistics."""
 
     index: int
     total: int
@@ -41,9 +46,9 @@ class Step(NamedTuple):
 
 
 class Part(nn.Module):
-    """Base of everything a method puts into a layer. All its state is in parameters and buffers.
+    """The base of all parts. A part keeps its state in parameters and buffers only.
 
-    `site` is set when the part is put into its layer, and again when the order of execution becomes known.
+    `site` is set when the part is put into its layer, and again once the order of execution is known.
     """
 
     site: Site | None = None
@@ -51,22 +56,46 @@ class Part(nn.Module):
     keeps_inputs = False  # whether it keeps its inputs, 4 bytes a number, for the backward pass
 
     def begin_step(self, layer: nn.Module, step: Step) -> None:
-        """Before the first forward of an optimizer step."""
+        """Called before the first forward of an optimizer step."""
 
     def end_backward(self, layer: nn.Module, step: Step) -> None:
-        """After the last backward of an optimizer step: gradients are summed, reduced and unscaled, not yet applied."""
+        """Called after the last backward of an optimizer step.
+
+        Gradients are then summed, reduced over processes and unscaled, but not yet applied.
+        """
 
     def statistics(self) -> dict[str, float]:
-        """What the part recorded in the last logged step, by name."""
+        """The values recorded in the last logged step, by name."""
         return {}
 
     def clip_bound(self) -> float:
-        """The size, in units of an input's levels, beyond which the input's own gradient is 0; infinity: none is."""
+        """The size of an input, in units of its levels, beyond which its own gradient is 0; infinity if it never is."""
         return math.inf
 
     def binary_fraction(self) -> float:
-        """How much of what the part puts out in training is binary, 0 to 1: below 1 it has not finished its work."""
+        """The share of the part's output in training that is binary, 0 to 1; below 1 the method is unfinished."""
         return 1.0
+
+
+class RecordingPart(Part):
+    """A part that records named statistics in the steps that are logged.
+
+    A subclass lists their names in `statistic_names` and writes their values, in this order, to the buffer `recorded`
+    while `recording` is set.
+    """
+
+    statistic_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("recorded", torch.zeros(len(self.statistic_names)), persistent=False)
+        self.recording = False
+
+    def begin_step(self, layer: nn.Module, step: Step) -> None:
+        self.recording = step.log
+
+    def statistics(self) -> dict[str, float]:
+        return dict(zip(self.statistic_names, self.recorded.tolist(), strict=True)) if self.recording else {}
 
 
 class ClippedSign(Part):
@@ -95,7 +124,7 @@ class IdentitySign(Part):
 
 
 class Direct(Part):
-    """Runs the binary operator and nothing else."""
+    """Runs the binary operator unchanged."""
 
     def forward(self, operator: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return operator(*inputs)
@@ -103,19 +132,72 @@ class Direct(Part):
 
 @dataclass(frozen=True)
 class Method:
-    """The straight-through estimator (arXiv 1308.3432; clip bound: 1602.02830, eq. 4). Other methods override it.
+    """The base of all methods: a frozen dataclass whose fields are the method's arguments.
 
-    `clip`: inputs pass the gradient where |x| <= clip, in units of the input's levels. Latent weights pass it always.
+    Each slot of a layer has a factory here, which makes the part of the straight-through estimator: weights pass the
+    gradient everywhere, inputs where |x| <= 1 in units of their levels. A method overrides the slots that it changes.
+    A method that keeps the default input binarizer derives from `ClippedInputs`, which makes that bound an argument.
 
-    >>> Method(clip=2.0).to_dict()
-    {'name': 'ste', 'clip': 2.0}
+    >>> @dataclass(frozen=True)
+    ... class Identity(Method):
+    ...     name, paper, idea = "identity", "none", "inputs pass every gradient"
+    ...     def input_binarizer(self, site, shape):
+    ...         return IdentitySign()
+    >>> Identity().to_dict(), sorted(Identity().claims())
+    ({'name': 'identity'}, ['input_binarizer'])
     """
 
-    name: ClassVar[str] = "ste"
-    paper: ClassVar[str] = "arXiv 1308.3432, 1602.02830"
-    idea: ClassVar[str] = "sign forward, the gradient of a clipped identity backward"
-    in_order: ClassVar[bool] = False  # whether it goes by the order in which the layers are executed
-    scheduled: ClassVar[bool] = False  # whether what it does depends on how far the run is from its last step
+    name: ClassVar[str]  # in the table of methods and on the command line
+    paper: ClassVar[str]
+    idea: ClassVar[str]  # one line for the table of methods
+    in_order: ClassVar[bool] = False  # whether it depends on the order in which the layers are executed
+    scheduled: ClassVar[bool] = False  # whether it depends on how far the run is from its last step
+
+    def weight_binarizer(self, site: Site) -> Part:
+        """The part that turns latent weights into signs."""
+        return IdentitySign()
+
+    def input_binarizer(self, site: Site, shape: tuple[int, ...]) -> Part:
+        """The part that turns inputs into signs. `shape` is that of one input example, 1 where it may vary."""
+        return ClippedSign(1.0)
+
+    def around(self, site: Site, layer: nn.Module) -> Part:
+        """The part that runs the layer's binary operator.
+
+        `layer.product` is the layer's linear operator, or None for a product of two activations.
+        """
+        return Direct()
+
+    def optimizer_hook(self, optimizer: torch.optim.Optimizer, layers: list[tuple[Site, nn.Module]]) -> None:
+        """Hook into the steps of `optimizer`. `layers`: those with binary weights, in forward order."""
+
+    def claims(self) -> frozenset[str]:
+        """The slots that this method fills with a part of its own. The other slots hold the default parts."""
+        defaults = {slot: (getattr(Method, slot), getattr(ClippedInputs, slot)) for slot in SLOTS}
+        return frozenset(slot for slot in SLOTS if getattr(type(self), slot) not in defaults[slot])
+
+    def __add__(self, other: "Method") -> "Method":
+        """Both methods at once, each in the slots that it claims. Raises ValueError if both claim the same slot."""
+        from .combined import Combined
+
+        return Combined(methods=(self, other))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The name and the arguments, as plain values. `method_from_dict` reads them back."""
+        return {"name": self.name, **asdict(self)}
+
+    @classmethod
+    def from_arguments(cls, arguments: dict[str, Any]) -> "Method":
+        """A method from values or command-line text, which are read by the annotations of its fields.
+
+        Raises ValueError, with the known arguments, for an unknown one.
+        """
+        return cls(**read_arguments(cls, arguments))
+
+
+@dataclass(frozen=True)
+class ClippedInputs(Method):
+    """The base of methods whose inputs pass the gradient where |x| <= `clip`, in units of the input's levels."""
 
     clip: float = 1.0
 
@@ -123,63 +205,5 @@ class Method:
         if not self.clip > 0:
             raise ValueError(f"clip={self.clip}: expected a number > 0")
 
-    def weight_binarizer(self, site: Site) -> Part:
-        return IdentitySign()
-
     def input_binarizer(self, site: Site, shape: tuple[int, ...]) -> Part:
-        """`shape` is that of one input example, 1 where it may vary."""
         return ClippedSign(self.clip)
-
-    def around(self, site: Site, layer: nn.Module) -> Part:
-        """What runs the layer's binary operator. `layer.product` is its linear operator; None between activations."""
-        return Direct()
-
-    def optimizer_hook(self, optimizer: torch.optim.Optimizer, layers: list[tuple[Site, nn.Module]]) -> None:
-        """Hook into the steps of `optimizer`. `layers`: those with binary weights, in forward order."""
-
-    def claims(self) -> frozenset[str]:
-        """The slots that this method fills with something of its own; the others hold what STE puts there."""
-        return frozenset(slot for slot in SLOTS if getattr(type(self), slot) is not getattr(Method, slot))
-
-    def __add__(self, other: "Method") -> "Method":
-        """Both methods at once, each in the slots that it claims. Raises ValueError if both claim the same one."""
-        from .combined import Combined
-
-        return Combined(methods=(self, other))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **asdict(self)}
-
-    @classmethod
-    def from_arguments(cls, arguments: dict[str, Any]) -> "Method":
-        """From values, or from command-line text, which is read as its field's type."""
-        known = {field.name: field for field in fields(cls)}
-        for key in arguments:
-            if key not in known:
-                raise ValueError(
-                    f"unknown argument {key!r} of method {cls.name!r}; known arguments: {', '.join(known)}"
-                )
-        return cls(**{key: _read(cls.name, key, value, known[key].default) for key, value in arguments.items()})
-
-
-def _read(method: str, key: str, value: Any, default: Any) -> Any:
-    kind = type(default)
-    if isinstance(value, str):
-        return _read_text(method, key, value, kind)
-    fits = isinstance(value, int | float if kind is float else kind)
-    if not fits or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"argument {key}={value!r} of method {method!r}: expected {kind.__name__}")
-    return kind(value)
-
-
-def _read_text(method: str, key: str, text: str, kind: type) -> Any:
-    if kind is bool:
-        if text.lower() in ("true", "1", "yes"):
-            return True
-        if text.lower() in ("false", "0", "no"):
-            return False
-        raise ValueError(f"argument {key}={text!r} of method {method!r}: expected true or false")
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"argument {key}={text!r} of method {method!r}: expected {kind.__name__}") from None

@@ -1,4 +1,4 @@
-"""Several methods at once: each slot is filled by the method that claims it."""
+"""Several methods at once: each fills the slots that it claims."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .arguments import argument_names
 from .base import SLOTS, Method, Part, Site
 
 
 @dataclass(frozen=True)
 class Combined(Method):
-    """A sum of methods, `Stompp() + Surge()`: each slot comes from the one that claims it, else from the first one.
+    """A sum of methods, `Stompp() + Surge()`: each slot is filled by the method that claims it.
 
-    `clip`, the bound of the inputs, is the same in all of them: only one estimates the inputs' gradient, and another
-    bound would be ignored. Raises ValueError if it is not, if two claim the same slot, or if one is named twice.
+    A slot that no method claims holds the default part, made by the first method (for inputs: the first that has a
+    clip bound). The members that have a `clip` must agree on it, because only one method estimates the gradient of the
+    inputs. If that method has no `clip`, the others must leave theirs at its default. Raises ValueError otherwise, and
+    if two methods claim the same slot or a method is named twice.
 
     >>> from hf_bnn.methods import ApproxSign, Surge
     >>> (ApproxSign() + Surge(aux="shared")).name
@@ -25,7 +28,6 @@ class Combined(Method):
     methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         flat = tuple(_flatten(self.methods))
         object.__setattr__(self, "methods", flat)
         if len(flat) < 2:
@@ -41,15 +43,29 @@ class Combined(Method):
                     f"methods {rivals[0]!r} and {rivals[1]!r} cannot be combined: both define the {slot}. "
                     "Leave one of them out, or set it (method_args) to work elsewhere"
                 )
+        self._check_clip()
 
-        bounds = {method.name: method.clip for method in flat}
-        if len(set(bounds.values())) > 1:
-            found = ", ".join(f"{name}.clip={clip}" for name, clip in bounds.items())
+    def _check_clip(self) -> None:
+        """Raise ValueError for a clip bound that would be ignored."""
+        clipped = [method for method in self.methods if _has_clip(method)]
+        if len({method.clip for method in clipped}) > 1:
+            found = ", ".join(f"{method.name}.clip={method.clip}" for method in clipped)
             raise ValueError(
                 f"the methods of {self.name!r} must agree on the clip bound of the inputs, but have {found}: give all "
                 "the same (method_args: clip=..., without a method's name)"
             )
-        object.__setattr__(self, "clip", flat[0].clip)
+        owner = self.owner("input_binarizer")
+        for method in clipped if not _has_clip(owner) else ():
+            if method.clip != type(method)().clip:
+                raise ValueError(
+                    f"{method.name}.clip={method.clip} would be ignored in {self.name!r}: {owner.name!r} estimates the "
+                    "gradient of the inputs, and has no clip; leave it out"
+                )
+
+    @property
+    def clip(self) -> float | None:
+        """The clip bound of the members that have one; None if none has."""
+        return next((method.clip for method in self.methods if _has_clip(method)), None)
 
     @property
     def name(self) -> str:
@@ -68,7 +84,9 @@ class Combined(Method):
 
     def owner(self, slot: str) -> Method:
         """The method that fills `slot`."""
-        return next((method for method in self.methods if slot in method.claims()), self.methods[0])
+        claiming = [method for method in self.methods if slot in method.claims()]
+        clipped = [method for method in self.methods if slot == "input_binarizer" and _has_clip(method)]
+        return (claiming or clipped or self.methods)[0]
 
     def weight_binarizer(self, site: Site) -> Part:
         return self.owner("weight_binarizer").weight_binarizer(site)
@@ -84,6 +102,10 @@ class Combined(Method):
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "methods": [method.to_dict() for method in self.methods]}
+
+
+def _has_clip(method: Method) -> bool:
+    return "clip" in argument_names(method)
 
 
 def _flatten(methods: tuple[Method, ...]) -> Iterator[Method]:

@@ -1,14 +1,14 @@
-"""DoReFa-Net: the gradient of the scaled weights goes to the latent ones as it is (arXiv 1606.06160)."""
+"""DoReFa-Net: latent weights take the gradient of the scaled weights unchanged (arXiv 1606.06160)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Method, Part, Site
-from .unscaled_sign import UnscaledSign
+from .base import ClippedInputs, Part, Site
+from .scaled_weight import SignWithScaledWeightGradient
 
 
 @dataclass(frozen=True)
-class DoReFa(Method):
+class DoReFa(ClippedInputs):
     """DoReFa-Net (arXiv 1606.06160, eq. 8) with 1-bit weights: r_o = sign(r_i) E|r_i|, dL/dr_i = dL/dr_o.
 
     The straight-through estimator of hf_bnn has dL/dr_i = s dL/dr_o, with the scale s. The paper's scale is one per
@@ -25,4 +25,4 @@ class DoReFa(Method):
     idea: ClassVar[str] = "latent weights take the gradient of the scaled binary ones, not of their signs"
 
     def weight_binarizer(self, site: Site) -> Part:
-        return UnscaledSign(site.weight_scaling)
+        return SignWithScaledWeightGradient(site.weight_scaling)

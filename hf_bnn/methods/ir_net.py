@@ -12,7 +12,7 @@ from .base import Method, Part, Site, Step
 
 
 def centred(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row of `(out, n)` less its mean, and 1 / its standard deviation `(out, 1)`; 1 for rows that have none."""
+    """Each row of `(out, n)` minus its mean, and 1 / its standard deviation `(out, 1)`; 1 for constant rows."""
     z = rows - rows.mean(1, keepdim=True)
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)  # on a CPU ten times faster than torch.std
     return z, torch.where(norm > 0, math.sqrt(rows.shape[1] - 1) / norm, 1.0)
@@ -57,7 +57,7 @@ class EDESign(Part):
     def __init__(self, method: "IRNet"):
         super().__init__()
         self.method = method
-        # A tensor, because torch.compile would compile anew for every number; not saved, because the step tells it.
+        # A tensor, because torch.compile recompiles for every new number; not saved, because it follows from the step.
         self.register_buffer("t", torch.tensor(method.sharpness(0.0), dtype=torch.float32), persistent=False)
 
     def begin_step(self, layer: nn.Module, step: Step) -> None:
@@ -97,7 +97,7 @@ class LibraSign(EDESign):
 
 @torch.no_grad()
 def balance_(weight: Tensor) -> None:
-    """Take the mean of each output channel away, in place, unless the weights are frozen."""
+    """Subtract the mean of each output channel, in place, unless the weights are frozen."""
     if weight.requires_grad:
         weight.sub_(weight.mean(tuple(range(1, weight.dim())), keepdim=True))
 
@@ -108,16 +108,16 @@ class IRNet(Method):
 
     Error decay estimator (section 3.3): t = t_min 10^(p log10(t_max / t_min)), k = max(1 / t, 1), with the progress
     p = step / steps. Libra parameter binarization (section 3.2; `libra`): sign((W - mean) / std) per output channel,
-    with the gradient through both. To keep sign(W) what the model computes, the latent weights themselves lose their
-    mean, before the first step and after each step of the optimizer; so sign(W) is sign(W - mean).
+    with the gradient through both. The mean is subtracted from the latent weights themselves, before the first step and
+    after each step of the optimizer, so that the model can keep computing sign(W) = sign(W - mean).
 
     Deviations: the scale is the model's structure (mean |w| unless it says otherwise), not the paper's power of two
     2^round(log2(mean |W_std|)); W is divided by its standard deviation in the gradient only. With `libra` False,
     weights take the estimator alone, at w over its channel's standard deviation, taken as a constant unit: g'(w / std).
-    Inputs have no clip bound: `clip` stays 1.
+    Inputs have no clip bound.
 
     >>> IRNet(libra=False).to_dict()
-    {'name': 'ir_net', 'clip': 1.0, 't_min': 0.1, 't_max': 10.0, 'libra': False}
+    {'name': 'ir_net', 't_min': 0.1, 't_max': 10.0, 'libra': False}
     """
 
     name: ClassVar[str] = "ir_net"
@@ -130,9 +130,6 @@ class IRNet(Method):
     libra: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.clip != 1:
-            raise ValueError(f"clip={self.clip}: expected 1, because IR-Net has no clip bound; see t_min and t_max")
         if not self.t_min > 0:
             raise ValueError(f"t_min={self.t_min}: expected a number > 0")
         if not self.t_max >= self.t_min:

@@ -1,4 +1,4 @@
-"""MetaQuant: the fast half of FSG, by itself."""
+"""MetaQuant: the fast half of FSG alone."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,8 +11,8 @@ class MetaQuant(Fsg):
     """MetaQuant (NeurIPS 2019, arXiv 1910.00517): the latent weight's gradient is M = c gate g f(W~).
 
     g = dL/dW_hat is the raw gradient, f an MLP of one input that all layers share and that Adam trains (`fast_lr`) on
-    the next step's loss; W~, c and gate are those of `binarizer` (see gradient_hook.py). This is FSG with beta = 0 and
-    a history of one step, and has its other arguments and deviations: f starts as 1 unless `init` is "paper".
+    the next step's loss; W~, c and gate are those of `binarizer` (see fsg/calibration.py). This is FSG with beta = 0
+    and a history of one step, with FSG's other arguments and deviations: f starts as 1 unless `init` is "paper".
 
     >>> MetaQuant().binarizer, MetaQuant().beta
     ('dorefa', 0.0)

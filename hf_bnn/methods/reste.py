@@ -36,7 +36,7 @@ class ReSTESign(Part):
     def __init__(self, method: "ReSTE"):
         super().__init__()
         self.method = method
-        # A tensor, because torch.compile would compile anew for every number; not saved, because the step tells it.
+        # A tensor, because torch.compile recompiles for every new number; not saved, because it follows from the step.
         self.register_buffer("o", torch.tensor(method.order(0.0), dtype=torch.float32), persistent=False)
 
     def begin_step(self, layer: nn.Module, step: Step) -> None:
@@ -62,16 +62,16 @@ class ReSTE(Method):
     o grows over training from 1, the straight-through estimator, to `o_end`: o = 1 + (o_end - 1) (1 - cos(pi p / 2)) at
     the share p of the steps, the schedule of the authors' code (github.com/DravenALG/ReSTE). The gradient is 0 where
     |x| > `threshold`; where |x| <= `interval` = m it is the difference quotient f(m) / m, because f' has a pole at 0.
-    `threshold` is the bound of inputs: `clip` stays 1.
+    `threshold` is the clip bound of inputs.
 
     Deviations. `standardize`: weights are taken in units of their output channel's standard deviation, in the gradient
-    only: f'(w / std), the unit a constant and no factor. The authors' code takes them as they are (False); those of a
-    pretrained transformer, about 0.03, would then all be within `interval`, where f' is one number. In that code o
-    grows by the epoch, here by the step; a layer has one scale (here with `weight_scaling="layer"`), which a gradient
-    flows through (here not).
+    only: f'(w / std), where std is a constant and no factor. The authors' code does not divide (False), but the weights
+    of a pretrained transformer, about 0.03, would then all lie within `interval`, where f' is constant. In that code o
+    grows by the epoch, here by the step. There a layer has one scale (here with `weight_scaling="layer"`), through
+    which a gradient flows (here it does not).
 
     >>> ReSTE(o_end=2.0).to_dict()
-    {'name': 'reste', 'clip': 1.0, 'o_end': 2.0, 'threshold': 1.5, 'interval': 0.1, 'standardize': True}
+    {'name': 'reste', 'o_end': 2.0, 'threshold': 1.5, 'interval': 0.1, 'standardize': True}
     """
 
     name: ClassVar[str] = "reste"
@@ -85,9 +85,6 @@ class ReSTE(Method):
     standardize: bool = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.clip != 1:
-            raise ValueError(f"clip={self.clip}: expected 1, because ReSTE's bound is its threshold")
         if not self.o_end >= 1:
             raise ValueError(f"o_end={self.o_end}: expected a number >= 1")
         if not self.interval > 0:

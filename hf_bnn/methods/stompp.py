@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..functional import clipped_gradient, sign, weight_scale
-from .base import ClippedSign, IdentitySign, Method, Part, Position, Site, Step
+from .base import ClippedInputs, ClippedSign, IdentitySign, Part, Position, Site, Step
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cubic": lambda x: x**3,
@@ -29,9 +29,9 @@ SMALLEST_LIMIT = torch.finfo(torch.float32).tiny
 
 
 class _Mix(torch.autograd.Function):
-    """All in the dtype of x and in place: on a CPU boolean tensors take several times as long (see functional.sign).
+    """Computes `mix` in the dtype of x and in place: boolean tensors are much slower on a CPU (see functional.sign).
 
-    A frozen entry's gradient is zero, never missing: a distributed reducer waits for every gradient.
+    A frozen entry's gradient is zero, not None, because a distributed reducer waits for every gradient.
     """
 
     @staticmethod
@@ -66,10 +66,10 @@ def mix(
 ) -> Tensor:
     """u' = M sign(u) + (1 - M) clip(u, -1, 1) with u = x / limit (arXiv 2606.27759, eq. 1); the shape of `x`.
 
-    `mask` M, of zeros and ones, broadcasts to it, or is True or False everywhere. `limit`, a constant > 0, is where the
-    clip saturates: times it, the values are +-limit and clip(x, -limit, limit). The gradient passes, as it is, where
-    |u| <= `bound` (None: everywhere); without `ste` it is exactly 0 at the frozen entries (M = 1). It is not divided by
-    `limit`, as the clip's own would be: so it has the size that it has for the straight-through estimator.
+    `mask` M, of zeros and ones, broadcasts to `x`; True or False stands for the same value everywhere. `limit`, a
+    constant > 0, is the size at which the clip saturates. The gradient passes unchanged where |u| <= `bound` (None:
+    everywhere). Without `ste` it is exactly 0 at the frozen entries (M = 1). Unlike the gradient of the clip itself it
+    is not divided by `limit`, so that it is as large as under the straight-through estimator.
     """
     if isinstance(mask, bool):
         return _Mix.apply(x, limit, None, mask, ste, bound)
@@ -77,7 +77,7 @@ def mix(
 
 
 def _generator(*place: int) -> torch.Generator:
-    """The same random numbers for the same place, on every machine."""
+    """A generator that gives the same random numbers for the same place on every machine."""
     digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -86,7 +86,7 @@ class FreezingKeys:
     """A key in [0, 1) for each of `count` entries, uniform at every step; an entry is frozen where its key is below p.
 
     `refresh` r: step t draws new keys for block t mod r of a fixed permutation, so that count / r of them change; with
-    r = 0 none do. All of it is a function of `place` and the step: every rank agrees, and nothing need be saved.
+    r = 0 none do. The keys depend on `place` and the step only, so that all ranks agree and nothing has to be saved.
     """
 
     def __init__(self, count: int, refresh: int, place: tuple[int, ...]):
@@ -110,10 +110,10 @@ class FreezingKeys:
 
 
 class MaskedSign(Part):
-    """Clipped values at first, signs in the end, and in between both, by a mask that grows with the steps.
+    """Returns clipped values at first, signs in the end, and a mixture in between, by a mask that grows with the steps.
 
-    `shape` is that of the mask. `scaling` (of a weight's signs; None: an input) says where the clip saturates. Without
-    a trainer, which calls `begin_step`, everything is a sign.
+    `shape` is that of the mask. `scaling` is that of a weight's signs, or None for an input, and determines where the
+    clip saturates. Unless `begin_step` is called, as a trainer does, all values are signs.
     """
 
     keeps_inputs = True
@@ -150,7 +150,7 @@ class MaskedSign(Part):
         return self.method.clip
 
     def _bound(self) -> float | None:
-        """Up to which size, in units of where it saturates, an entry passes its gradient; None: all do."""
+        """The size, in units of saturation, up to which an entry passes its gradient; None: all entries do."""
         if self.scaling is None:
             return self.method.clip
         return 1.0 if self.method.gates_weights else None
@@ -167,7 +167,7 @@ class MaskedSign(Part):
         self.just_frozen = None if before is None else (mask > before).to(device)
 
     def _mask_at(self, layer: nn.Module, step: Step) -> Tensor:
-        """The mask of a step, of zeros and ones in float32; 0-d where all entries are alike."""
+        """The mask of a step, zeros and ones in float32; 0-d where all entries are equal."""
         fraction = self.method.fraction(self.site, step)
         if not 0 < fraction < 1:
             return torch.tensor(float(fraction >= 1))
@@ -179,7 +179,7 @@ class MaskedSign(Part):
 
 
 @dataclass(frozen=True)
-class Stompp(Method):
+class Stompp(ClippedInputs):
     """StoMPP (arXiv 2606.27759): u' = M sign(u) + (1 - M) clip(u, -1, 1), with a mask M that fills up layer by layer.
 
     Each unit has a window of steps in which the frozen share of its entries goes from 0 to 1 as `schedule` says
@@ -237,7 +237,7 @@ class Stompp(Method):
 
     @property
     def gates_weights(self) -> bool:
-        """Whether weights beyond where they saturate pass no gradient."""
+        """Whether saturated weights pass no gradient."""
         return not self.ste if self.weight_gate == "auto" else self.weight_gate == "on"
 
     def claims(self) -> frozenset[str]:
@@ -269,12 +269,12 @@ class Stompp(Method):
         optimizer.register_step_pre_hook(forget)
 
     def position(self, site: Site) -> Position:
-        """Which of how many units the site belongs to."""
+        """The position of the site's unit among all units."""
         own = {"linear": None, "group": site.group, "block": site.block}[self.unit]
         return Position(site.index, site.count) if own is None else own
 
     def last_step(self, step: Step) -> float:
-        """The step, of the run that `step` is of, at which all windows are over."""
+        """The step at which all windows of the run have ended."""
         return min(self.end * step.total, step.total - 1)
 
     def fraction(self, site: Site, step: Step) -> float:
@@ -292,6 +292,6 @@ class Stompp(Method):
         return SCHEDULES[self.schedule](x)
 
     def refresh_period(self, site: Site, step: Step) -> int:
-        """r: the steps after which every entry has a new key; 0: it keeps its first one."""
+        """r: the number of steps after which every entry has a new key; 0: keys never change."""
         windows = 1 if self.order == "global" else self.position(site).count
         return min(self.refresh, max(1, int(self.last_step(step) / windows) // 8))

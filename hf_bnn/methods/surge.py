@@ -1,4 +1,4 @@
-"""SURGE: a full-precision branch beside each binary operator, felt only in the backward pass (arXiv 2605.10989)."""
+"""SURGE: a full-precision branch beside each binary operator, used in the backward pass only (arXiv 2605.10989)."""
 
 import math
 from collections.abc import Callable
@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..estimators import clipped_sign
-from .base import ClippedSign, Method, Part, Site
+from .base import ClippedInputs, ClippedSign, Part, RecordingPart, Site
 
 AUX = ("own", "shared", "lowrank", "leaky")
-STATISTICS = ("clipped", "lambda", "cosine")
 
 
 def gradient_scale(eta: float, main: Tensor, extra: Tensor) -> Tensor:
@@ -22,14 +21,17 @@ def gradient_scale(eta: float, main: Tensor, extra: Tensor) -> Tensor:
     return eta * main.float().norm() / (extra.float().norm() + 1e-8)
 
 
-class Record(NamedTuple):
-    """Where a backward pass writes its statistics, and which of the inputs are beyond the clip bound."""
+class StatisticsWriter(NamedTuple):
+    """Writes the statistics of a backward pass to `values`. `clipped` marks the inputs beyond the clip bound."""
 
     values: Tensor
     clipped: Tensor
 
     def write(self, main: Tensor, extra: Tensor, scale: Tensor) -> None:
-        """(Share of clipped inputs, lambda, cos(g_b, g_a)). Inputs that no gradient reaches, padding, do not count."""
+        """Write the share of clipped inputs, lambda and cos(g_b, g_a).
+
+        Inputs that no gradient reaches, such as padding, do not count.
+        """
         b, a = main.float().flatten(), extra.float().flatten()
         cosine = torch.dot(b, a) / (b.norm() * a.norm() + 1e-12)
         counts = extra != 0
@@ -41,9 +43,9 @@ class _Open(torch.autograd.Function):
     """x, auxiliary weights -> x, token. The token's gradient is G = dL/dy, brought here by `_Join`."""
 
     @staticmethod
-    def forward(ctx, x, product, weight_shape, output_dtype, eta, record, *aux):
+    def forward(ctx, x, product, weight_shape, output_dtype, eta, writer, *aux):
         ctx.save_for_backward(x, *aux)
-        ctx.product, ctx.weight_shape, ctx.eta, ctx.record = product, weight_shape, eta, record
+        ctx.product, ctx.weight_shape, ctx.eta, ctx.writer = product, weight_shape, eta, writer
         ctx.set_materialize_grads(False)
         token = torch.zeros((), dtype=output_dtype, device=x.device)
         return x.view_as(x), token.expand(product.output_shape(x, weight_shape))
@@ -65,8 +67,8 @@ class _Open(torch.autograd.Function):
         else:
             extra, aux_gradients = _lowrank_kernels(ctx.product, G, x, aux_same, ctx.weight_shape)
         scale = gradient_scale(ctx.eta, main, extra)
-        if ctx.record is not None:
-            ctx.record.write(main, extra, scale)
+        if ctx.writer is not None:
+            ctx.writer.write(main, extra, scale)
         aux_gradients = [
             None if g is None else g.mul_(scale).to(w.dtype) for g, w in zip(aux_gradients, aux, strict=True)
         ]
@@ -110,34 +112,25 @@ class _Join(torch.autograd.Function):
         return G, G
 
 
-class Recorder(Part):
-    """Holds three statistics of the last logged backward pass of its layer.
+class BackwardRecorder(RecordingPart):
+    """Records the last logged backward pass of its layer.
 
-    clipped: the share of the inputs that are beyond the clip bound, of those that a gradient reaches; lambda; cosine.
+    clipped: the share of inputs beyond the clip bound, among those that a gradient reaches; lambda; cosine.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("record", torch.zeros(len(STATISTICS)), persistent=False)
-        self.recording = False
+    statistic_names = ("clipped", "lambda", "cosine")
 
-    def begin_step(self, layer: nn.Module, step) -> None:
-        self.recording = step.log
+    def writer(self, u: Tensor, bound: float) -> StatisticsWriter | None:
+        """The writer for inputs `u` in units of their levels, or None in a step that is not logged.
 
-    def active_record(self, u: Tensor, bound: float) -> Record | None:
-        """What to write to for inputs `u` in units of their levels, or None if nothing is to be recorded.
-
-        A compiled graph records nothing: its backward may not write to buffers.
+        A compiled graph records nothing, because its backward may not write to buffers.
         """
         if not self.recording or torch.compiler.is_compiling():
             return None
-        return Record(self.record, u.detach().abs() > bound)
-
-    def statistics(self) -> dict[str, float]:
-        return dict(zip(STATISTICS, self.record.tolist(), strict=True)) if self.recording else {}
+        return StatisticsWriter(self.recorded, u.detach().abs() > bound)
 
 
-class AuxiliaryBranch(Recorder):
+class AuxiliaryBranch(BackwardRecorder):
     """The Dual-Path Gradient Compensator: runs a binary operator and adds lambda g_a to its input's gradient.
 
     The branch itself, f_a(x) = W_a x, is never computed. `initial` is what W_a starts as: one tensor, or the factors
@@ -158,30 +151,30 @@ class AuxiliaryBranch(Recorder):
             return operator(x)
         (layer,) = self._layer
         aux = tuple(self.aux) if len(self.aux) else (layer.weight.detach(),)
-        record = self._record(layer, x) if self.recording else None
-        x_open, token = _Open.apply(x, self.product, layer.weight.shape, _output_dtype(x), self.eta, record, *aux)
+        writer = self._writer_for(layer, x) if self.recording else None
+        x_open, token = _Open.apply(x, self.product, layer.weight.shape, _output_dtype(x), self.eta, writer, *aux)
         return _Join.apply(operator(x_open), token)
 
     @torch.no_grad()
-    def _record(self, layer: nn.Module, x: Tensor) -> Record | None:
+    def _writer_for(self, layer: nn.Module, x: Tensor) -> StatisticsWriter | None:
         binarizer = layer.input_binarizer  # another method's, in a sum
         bound = math.inf if binarizer is None else binarizer.clip_bound()
-        return self.active_record(layer.input_levels.normalize(x), bound)
+        return self.writer(layer.input_levels.normalize(x), bound)
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def leaky_gradient(main: Tensor, extra: Tensor, eta: float, record: Record | None) -> Tensor:
+def leaky_gradient(main: Tensor, extra: Tensor, eta: float, writer: StatisticsWriter | None) -> Tensor:
     """g_b + lambda g_a where g_a, the branch's share, is the unclipped gradient itself."""
     scale = gradient_scale(eta, main, extra)
-    if record is not None:
-        record.write(main, extra, scale)
+    if writer is not None:
+        writer.write(main, extra, scale)
     return main.addcmul_(scale.to(main.dtype), extra)
 
 
-class LeakySign(Recorder):
+class LeakySign(BackwardRecorder):
     """sign(x), with the clipped gradient plus lambda times the unclipped one: SURGE with W_a = the binary weights."""
 
     emits_signs = True
@@ -191,24 +184,23 @@ class LeakySign(Recorder):
         self.clip, self.eta = clip, eta
 
     def forward(self, x: Tensor) -> Tensor:
-        record = self.active_record(x, self.clip)
-        return clipped_sign(x, self.clip, partial(leaky_gradient, eta=self.eta, record=record))
+        return clipped_sign(x, self.clip, partial(leaky_gradient, eta=self.eta, writer=self.writer(x, self.clip)))
 
     def clip_bound(self) -> float:
         return self.clip
 
 
 @dataclass(frozen=True)
-class Surge(Method):
+class Surge(ClippedInputs):
     """SURGE (arXiv 2605.10989): dL/dx = g_b + lambda g_a, with lambda = eta ||g_b|| / (||g_a|| + 1e-8), g_a = G W_a.
 
-    `aux` says what W_a is: "own" (the paper: weights of its own, first a copy of the latent ones, with the gradient
+    `aux` chooses W_a: "own" (as in the paper: separate weights, initially a copy of the latent ones, with the gradient
     lambda G^T x), "shared" (the latent weights themselves), "lowrank" (own, of rank `rank`), "leaky" (the binary
-    weights: no branch and no extra product, a leaky straight-through estimator; elastic levels feel lambda too).
+    weights: a leaky straight-through estimator without branch or extra product; lambda reaches elastic levels too).
     `eta`: 0.03 to 0.1 suits transformers.
 
-    lambda belongs to the micro-batch and the rank: gradient accumulation changes it by a few percent. Deviation: the
-    paper prints y = f_b - sg(lambda f_a) + lambda f_a; here f_a is not computed, so that y is f_b to the last bit.
+    lambda is computed per micro-batch and rank, so that gradient accumulation changes it by a few percent. Deviation:
+    the paper prints y = f_b - sg(lambda f_a) + lambda f_a; here f_a is not computed, so that y equals f_b bit for bit.
 
     >>> Surge(eta=0.3, aux="leaky").to_dict()
     {'name': 'surge', 'clip': 1.0, 'eta': 0.3, 'aux': 'leaky', 'rank': 32}

@@ -6,11 +6,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..functional import surrogate_sign
-from .base import Method, Part, Site
-from .unscaled_sign import UnscaledSign, inverse_scale
+from .base import ClippedInputs, Part, Site
+from .scaled_weight import SignWithScaledWeightGradient, inverse_scale
 
 
-def scaled_gradient(grad: Tensor, weight: Tensor, scaling: str) -> Tensor:
+def sign_and_scale_gradient(grad: Tensor, weight: Tensor, scaling: str) -> Tensor:
     """The paper's gradient from dL/dsign = s dL/dW_hat: (grad / s) (1/n + 1{|W| <= 1} s)."""
     factor = weight.abs().le_(1)
     if scaling != "none":
@@ -19,15 +19,15 @@ def scaled_gradient(grad: Tensor, weight: Tensor, scaling: str) -> Tensor:
     return factor.mul_(grad)
 
 
-class ScaledSign(UnscaledSign):
-    """sign(w), with the gradient that the scaled weight W_hat = s sign(W) hands to W where s depends on W too."""
+class SignWithScaleGradient(SignWithScaledWeightGradient):
+    """sign(w), with the gradient of W_hat = s sign(W) through the sign and, because s depends on W, through s."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        return surrogate_sign(weight, scaled_gradient, settings=(self.scaling,))
+        return surrogate_sign(weight, sign_and_scale_gradient, settings=(self.scaling,))
 
 
 @dataclass(frozen=True)
-class XNOR(Method):
+class XNOR(ClippedInputs):
     """XNOR-Net (arXiv 1603.05279, section 3.1): for W_hat = alpha sign(W), with alpha = mean |W| over n weights,
     dL/dW_i = dL/dW_hat_i (1/n + 1{|W_i| <= 1} alpha).
 
@@ -45,4 +45,4 @@ class XNOR(Method):
     idea: ClassVar[str] = "latent weights take the gradient of their signs and, entry by entry, of their scale"
 
     def weight_binarizer(self, site: Site) -> Part:
-        return ScaledSign(site.weight_scaling)
+        return SignWithScaleGradient(site.weight_scaling)

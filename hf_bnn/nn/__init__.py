@@ -11,7 +11,7 @@
    agree (`products`, `functional.integer_product`). Autocast is off here, because bfloat16 rounds sums above 256.
 3. *Affine part.* Levels `a s + c` and a scale `m` per output channel turn a sum into
    `product * (m * a) + (sum(t) * (m * c) + bias)`, where `t` are the weight's signs. One function evaluates this
-   expression for both forms, in float32 and in this order (`layers.rescale`); compiled kernels repeat its roundings.
+   expression for both forms, in float32 and in this order (`rescaling.rescale`); compiled kernels repeat its roundings.
 
 The scale `m` is computed from the latent weight by one function (`functional.weight_scale`), at packing time and in
 every latent forward. The packed layer stores the float32 result, and casts of the model leave it alone.

@@ -1,4 +1,4 @@
-"""Products of two activations on two levels each, and attention made of them."""
+"""Products of two binary activations, and attention that is computed with them."""
 
 from typing import TYPE_CHECKING
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ..functional import exact_matmul, sign
 from ..kernels.reference import MASKED
-from .layers import BinaryLayer
+from .latent import BinaryLayer, signs_of
 from .levels import BooleanLevels, ElasticLevels, SignedLevels
-from .sign_products import sign_matmul, takes
+from .sign_products import sign_matmul, takes, whole_precision
 
 if TYPE_CHECKING:
     from ..methods.base import Method, Part, Site
@@ -44,15 +44,17 @@ class BinaryMatmul(BinaryLayer):
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         if self.learns(left, right):
+            self.raise_unless_trainable()
             return self.around(self._learning_forward, left, right)
         left_signs = sign(left.float() - self.left_levels.threshold())
         right_signs = sign(right.float() - self.right_levels.threshold())
         return self._rescale(left_signs, right_signs, exact_matmul(left_signs, right_signs)).to(left.dtype)
 
     def _learning_forward(self, left: Tensor, right: Tensor) -> Tensor:
-        compact = [self.runs_on_bits and not part.keeps_inputs for part in (self.left_binarizer, self.right_binarizer)]
-        left_signs = self.left_binarizer(self.left_levels.normalize(left, compact[0], self.left_retained))
-        right_signs = self.right_binarizer(self.right_levels.normalize(right, compact[1]))
+        if self.runs_on_bits:
+            left, right = whole_precision(left), whole_precision(right)
+        left_signs = signs_of(left, self.left_levels, self.left_binarizer, self.runs_on_bits, self.left_retained)
+        right_signs = signs_of(right, self.right_levels, self.right_binarizer, self.runs_on_bits, False)
         pure = self.runs_on_bits and self.left_binarizer.emits_signs and self.right_binarizer.emits_signs
         if pure and takes(None, left_signs, right_signs):
             return self._rescale(left_signs, right_signs, None)
@@ -115,7 +117,7 @@ class BinaryAttention(nn.Module):
         dropout: float = 0.0,
         need_weights: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Whoever sets `need_weights` to False must not count on the probabilities."""
+        """With `need_weights` False the second output is undefined."""
         scores = self.scores(query, key.transpose(-1, -2)) * scaling
         if (mask := additive_mask(mask, scores.dtype)) is not None:
             scores = scores + mask
@@ -128,10 +130,10 @@ class BinaryAttention(nn.Module):
 class BooleanAttention(BinaryAttention):
     """bool(q k^T - b) v: no softmax, a query attends to a token or not (BiBERT, arXiv 2203.06390, section 3.3).
 
-    As BinaryAttention, with attention weights on {0, a} by the scaled score and a learned threshold b. BiBERT has a = 1
-    and b = 0; here a begins, once fitted, as one over the number of attended tokens, so that contexts are in the order
-    of size of a softmax's. A masked token, one with a mask below -1000, has weight 0 and gets no gradient. Returns the
-    weights in place of the probabilities.
+    Attention weights are in {0, a}: a where the scaled score reaches a learned threshold b. BiBERT has a = 1 and b = 0;
+    here a is fitted to one over the number of attended tokens, so that contexts are about as large as after a softmax.
+    A token with a mask below -1000 has weight 0 and gets no gradient. Otherwise as BinaryAttention; the weights are
+    returned in place of the probabilities.
 
     >>> import torch
     >>> attention = BooleanAttention().eval().requires_grad_(False)
@@ -155,8 +157,8 @@ class BooleanAttention(BinaryAttention):
     ) -> tuple[Tensor, Tensor | None]:
         levels = self.context.left_levels
         scores = self.scores(query, key.transpose(-1, -2)) * scaling
-        # Far enough below the threshold for any surrogate gradient, and no mask's -inf or 1e38, which methods would
-        # meet in their statistics. It moves with the threshold, so that neither learns from the other.
+        # Far enough below the threshold that every surrogate gradient is 0, but finite, because methods compute
+        # statistics of the scores. It moves with the threshold, so that neither learns from the other.
         low = (levels.threshold() - 2).to(scores.dtype)
         if (mask := additive_mask(mask, scores.dtype)) is not None:
             scores = torch.where(mask < MASKED, low, scores + mask)

@@ -1,11 +1,11 @@
-"""Stock modules that read the weight of a layer of theirs, instead of calling it: such a layer cannot be binary.
+"""Stock modules that read the weight of a child layer instead of calling the layer. Such a layer cannot be binary.
 
-Known here by the class that reads; what is not known here is found by `hf_bnn.bypassed_layers`.
+The table is keyed by the class that reads. `hf_bnn.bypassed_layers` finds layers that the table does not list.
 """
 
 from torch import nn
 
-_MAMBA = ("x_proj", "dt_proj", "out_proj")  # in training all of them go into one fused operation
+_MAMBA = ("x_proj", "dt_proj", "out_proj")  # in training one fused operation reads all of them
 _KEY_MAP = ("k_proj",)  # a 1 x 1 convolution by hand
 
 DIRECT_READS = {

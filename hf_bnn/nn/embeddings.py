@@ -11,7 +11,7 @@ from .state_forms import own_form
 
 
 class RoundedEmbedding(nn.Embedding):
-    """A table whose rows are rounded when they are looked up, with a straight-through gradient: base of two kinds."""
+    """The base of tables whose rows are rounded when they are looked up, with a straight-through gradient."""
 
     @classmethod
     def from_float(cls, embedding: nn.Embedding) -> "RoundedEmbedding":

@@ -10,8 +10,8 @@ def leave_fast_path_(model: nn.Module) -> nn.Module:
     """Keep encoder layers of torch that hold binary layers off their fast path, in place: they then call each layer.
 
     In evaluation without gradients `nn.TransformerEncoderLayer` hands all its weights to one fused operation, and
-    `nn.TransformerEncoder` makes nested tensors for it. Each asks one of its own attributes whether it may, and copies,
-    pickles and packed models keep these.
+    `nn.TransformerEncoder` makes nested tensors for it. Each checks one of its own attributes first. Copies, pickles
+    and packed models keep these attributes.
     """
     binary = (BinaryLayer, *PACKED.values())
     for module in model.modules():

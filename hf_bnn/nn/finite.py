@@ -1,4 +1,4 @@
-"""NaN and infinity in what is to be packed or saved: bits cannot hold them, and signs would hide them."""
+"""Checks for NaN and infinity before packing or saving: bits cannot store them, and signs would hide them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +26,7 @@ def check_finite(doing: str, tensors: Mapping[str, Any]) -> None:
 
 
 def tensors_to_check(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model that must be finite, by name. What belongs to a training method is not among them."""
+    """The tensors of a model that must be finite, by name, without those of a training method."""
     parts = {
         inner
         for layer in model.modules()

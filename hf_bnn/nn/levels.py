@@ -1,4 +1,4 @@
-"""Which two values a binary tensor takes: `scale * s + shift`, s in {-1, +1}. Belongs to the model, not the method."""
+"""The two values of a binary tensor: `scale * s + shift`, s in {-1, +1}. They belong to the model, not the method."""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ OFFLOADED_LEVELS = (
 
 
 class SignedLevels(nn.Module):
-    """{-1, +1}: the sign and nothing else. The base of all levels.
+    """{-1, +1}: the plain sign. The base of all levels.
 
     >>> levels = SignedLevels()
     >>> levels.normalize(torch.tensor([-0.3, 0.2]))
@@ -28,19 +28,20 @@ class SignedLevels(nn.Module):
         """Inputs below it take the low level."""
         return 0.0
 
-    def normalize(self, x: Tensor, compact: bool = False, retained: bool = False) -> Tensor:
-        """The real number whose sign decides, in units in which the levels are -1 and +1. Same shape.
-
-        `compact` and `retained` say what to keep for the backward pass: see `estimators.normalized`.
-        """
+    def normalize(self, x: Tensor) -> Tensor:
+        """The number whose sign is taken, in units in which the levels are -1 and +1. Same shape as `x`."""
         return x
+
+    def normalize_compactly(self, x: Tensor, retained: bool) -> Tensor:
+        """`normalize`, keeping little of `x` for the backward pass: see `estimators.normalized`."""
+        return self.normalize(x)
 
     def affine(self) -> tuple[Tensor | float, Tensor | float]:
         """(scale, shift): the levels are `scale * s + shift`."""
         return 1.0, 0.0
 
     def fit(self, x: Tensor) -> None:
-        """Move learned levels, in place, to where they represent `x` best. Fixed levels stay."""
+        """Fit learned levels to `x`, in place. Fixed levels stay."""
 
 
 class UnsignedLevels(SignedLevels):
@@ -55,7 +56,7 @@ class UnsignedLevels(SignedLevels):
     def threshold(self) -> float:
         return 0.5
 
-    def normalize(self, x: Tensor, compact: bool = False, retained: bool = False) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
         return 2 * x - 1
 
     def affine(self) -> tuple[float, float]:
@@ -63,9 +64,9 @@ class UnsignedLevels(SignedLevels):
 
 
 class LearnedLevels(SignedLevels):
-    """The base of levels with parameters: what they have in common is how they begin."""
+    """The base of levels with parameters. They are fresh until they are fitted or loaded."""
 
-    fresh = True  # until they are fitted or loaded
+    fresh = True
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "_hf_hook" and any(
@@ -102,7 +103,7 @@ class ThresholdLevels(LearnedLevels):
     def threshold(self) -> Tensor:
         return self.offset
 
-    def normalize(self, x: Tensor, compact: bool = False, retained: bool = False) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
         return x - self.offset
 
     def fit(self, x: Tensor) -> None:
@@ -139,9 +140,9 @@ class ElasticLevels(LearnedLevels):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """The width of least squared error for a threshold of 0, or of half the width if not signed (Lloyd-Max).
+        """Set the width of least squared error for a threshold of 0, or of half the width if not signed (Lloyd-Max).
 
-        Only if they are fresh: levels that were fitted or loaded stay.
+        Levels that were fitted or loaded before stay as they are.
         """
         if not self.fresh or x.numel() == 0:
             return
@@ -168,9 +169,13 @@ class ElasticLevels(LearnedLevels):
         offset = self.offset.view(())  # 0-d, so that inputs of any shape keep theirs
         return offset if self.signed else offset + self._positive_width() / 2
 
-    def normalize(self, x: Tensor, compact: bool = False, retained: bool = False) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
         width = self._positive_width()
-        return normalized(x, self.threshold(), width if self.signed else width / 2, compact, retained)
+        return normalized(x, self.threshold(), width if self.signed else width / 2)
+
+    def normalize_compactly(self, x: Tensor, retained: bool) -> Tensor:
+        width = self._positive_width()
+        return normalized(x, self.threshold(), width if self.signed else width / 2, compact=True, retained=retained)
 
     def affine(self) -> tuple[Tensor, Tensor | float]:
         width = self._positive_width()
@@ -181,9 +186,10 @@ class ElasticLevels(LearnedLevels):
 
 
 class BooleanLevels(ElasticLevels):
-    """{0, a} around a learned b: of attention scores, whose size says nothing of a (bool(A), BiBERT, arXiv 2203.06390).
+    """{0, a} around a learned b, for attention scores (bool(A), BiBERT, arXiv 2203.06390).
 
-    A score is compared as it is: within 1 of b, the straight-through estimator sees it. BiBERT has a = 1 and b = 0.
+    Scores are not divided by a, because their size is unrelated to it: the straight-through estimator passes the
+    gradient of scores within 1 of b. BiBERT has a = 1 and b = 0.
 
     >>> BooleanLevels().normalize(torch.tensor([-0.3, 0.2]))
     tensor([-0.3000,  0.2000], grad_fn=<SubBackward0>)
@@ -194,9 +200,9 @@ class BooleanLevels(ElasticLevels):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """The width with which a row of `x` adds up to 1 in the mean, as it would after a softmax. b stays.
+        """Set the width so that rows of `x` sum to 1 on average, as after a softmax. b stays.
 
-        Only if they are fresh: levels that were fitted or loaded stay.
+        Levels that were fitted or loaded before stay as they are.
         """
         if not self.fresh or x.numel() == 0:
             return
@@ -208,8 +214,11 @@ class BooleanLevels(ElasticLevels):
     def threshold(self) -> Tensor:
         return self.offset.view(())
 
-    def normalize(self, x: Tensor, compact: bool = False, retained: bool = False) -> Tensor:
+    def normalize(self, x: Tensor) -> Tensor:
         return x - self.threshold()
+
+    def normalize_compactly(self, x: Tensor, retained: bool) -> Tensor:
+        return self.normalize(x)
 
     def extra_repr(self) -> str:
         return ""

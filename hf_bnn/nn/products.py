@@ -1,4 +1,4 @@
-"""The linear operators that binary layers run: on floats, exactly on signs, and their adjoints, for methods to use."""
+"""The linear operators of binary layers: on floats, exactly on signs, and their adjoints, which methods use."""
 
 from typing import NamedTuple
 

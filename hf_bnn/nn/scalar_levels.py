@@ -1,4 +1,4 @@
-"""Checkpoints whose learned levels are scalars, as all were before FSDP2 asked for a dimension that it can cut."""
+"""Reads old checkpoints whose learned levels are scalars. Levels now have shape (1,), which FSDP2 can shard."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ NAMES = (".width", ".offset")
 
 
 def has_scalar_levels(state_dict: Mapping[str, Tensor] | None, files: Sequence[str | os.PathLike] | None) -> bool:
-    """Whether the levels in a checkpoint, given in memory or in files, are 0-d. Of files it reads the headers only.
+    """Whether the levels in a checkpoint, given in memory or as files, are 0-d. Reads only the headers of files.
 
-    A file that cannot be read counts as one without: loading says what is wrong with it.
+    A file that cannot be read counts as one without scalar levels: loading it reports the error.
     """
     if state_dict is not None:
         return any(key.endswith(NAMES) and tensor.dim() == 0 for key, tensor in state_dict.items())
@@ -46,7 +46,7 @@ def set_levels_shape_(model: nn.Module, shape: tuple[int, ...]) -> None:
 def levels_as_saved(
     model: nn.Module, state_dict: Mapping[str, Tensor] | None, files: Sequence[str | os.PathLike] | None
 ) -> Iterator[None]:
-    """Within it the model's levels have the shape that they have in the checkpoint: transformers compares shapes."""
+    """A context in which the model's levels have the checkpoint's shape, because transformers compares shapes."""
     scalars = has_scalar_levels(state_dict, files)
     if scalars:
         set_levels_shape_(model, ())

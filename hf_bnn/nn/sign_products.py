@@ -5,6 +5,7 @@ forward pass runs on the kernels of inference. Its result is the float product's
 exact in both. The backward pass makes floats of the bits again and computes the two products of every linear operator.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from .. import kernels
 from ..estimators import Kept
 from ..kernels import training as on_bits
+from ..kernels.operands import runs_directly
 from ..kernels.weights import Conv2dWeight, LinearWeight
 from .products import Conv2dProduct, LinearProduct
 
@@ -61,6 +63,24 @@ def takes(product: LinearProduct | Conv2dProduct | None, *operands: Tensor) -> b
     """Whether a product of these signs runs on bits: float32, on the CPU, compiled kernels, and no groups."""
     groups = getattr(product, "groups", 1)
     return groups == 1 and all(on_bits.runs_on_bits(x) and x.numel() for x in operands)
+
+
+def whole_precision(x: Tensor) -> Tensor:
+    """`x` in float32 where autocast on a CPU has left it in half precision: sums of signs then stay exact."""
+    rounded = x.dtype in (torch.bfloat16, torch.float16) and x.is_cpu and torch.is_autocast_enabled("cpu")
+    return x.float() if rounded and runs_directly(x) else x
+
+
+def backward_dtype() -> torch.dtype:
+    """The dtype of the two products of a backward pass: autocast's, where this processor multiplies it fast."""
+    fast = torch.is_autocast_enabled("cpu") and _multiplies_bfloat16()
+    return torch.get_autocast_dtype("cpu") if fast else torch.float32
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 class _SignProduct(torch.autograd.Function):
@@ -120,14 +140,13 @@ def sign_product(
     scale: Tensor,
     offset: Tensor | None,
     packed: PackedSigns,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """`product(signs, weight) * (weight_scale * scale) + offset` for float32 signs, float32.
 
     `weight` are the signs of `packed.latent`, with the gradient of the method. `weight_scale` `(out,)` is a constant,
-    `scale` a 0-d tensor; `offset` broadcasts to the result. `dtype`: that of the products of the backward pass.
+    `scale` a 0-d tensor; `offset` broadcasts to the result.
     """
-    return _SignProduct.apply(signs, weight, weight_scale, scale, offset, product, packed, dtype)
+    return _SignProduct.apply(signs, weight, weight_scale, scale, offset, product, packed, backward_dtype())
 
 
 class _SignMatmul(torch.autograd.Function):
@@ -156,6 +175,6 @@ class _SignMatmul(torch.autograd.Function):
         return grad_left, grad_right, grad_scale, None
 
 
-def sign_matmul(left: Tensor, right: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def sign_matmul(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """`(left @ right) * scale` for float32 signs `(..., n, k)` and `(..., k, m)` and a 0-d `scale`."""
-    return _SignMatmul.apply(left, right, scale, dtype)
+    return _SignMatmul.apply(left, right, scale, backward_dtype())

@@ -1,4 +1,4 @@
-"""A state dict of the other form, latent or packed: refused by each layer, also where shapes and keys would fit."""
+"""Detects a state dict of the other form, latent or packed, which each layer refuses even if shapes and keys fit."""
 
 from torch import Tensor
 

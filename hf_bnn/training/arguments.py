@@ -16,7 +16,8 @@ class BinaryTrainingArguments(TrainingArguments):
     """TrainingArguments, and how the binary layers are trained."""
 
     method: str = field(
-        default="ste", metadata={"help": "The training method: a name of hf_bnn.METHODS, or a sum: stompp+surge."}
+        default="ste",
+        metadata={"help": "The training method: a name of hf_bnn.METHODS, a sum (stompp+surge) or your module:Class."},
     )
     method_args: str | None = field(
         default=None, metadata={"help": 'The method\'s own arguments: "eta=0.1,aux=shared".'}

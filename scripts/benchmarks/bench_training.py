@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from hf_bnn import binarize_
 from hf_bnn.machine import environment
-from hf_bnn.methods import METHODS, Method, Site, Step, Stompp, Surge
+from hf_bnn.methods import METHODS, STE, Method, Site, Step, Stompp, Surge
 from hf_bnn.methods.surge import AUX
 from hf_bnn.nn.levels import ElasticLevels, SignedLevels
 from hf_bnn.training import begin_step, end_backward, hook_optimizer
 
-LINEAR, INLINED, BASE = "nn.Linear", "inlined", Method.name
+LINEAR, INLINED, BASE = "nn.Linear", "inlined", STE.name
 TOTAL = 1_000_000  # steps of the run that the timed steps are taken from
 
 
@@ -48,7 +48,7 @@ def contestants() -> dict[str, Contestant | None]:
         f"{Stompp.name}-clipped": Contestant(Stompp()),
         f"{Stompp.name}-mixed": Contestant(Stompp(), start=int(0.7 * TOTAL)),
         f"{Stompp.name}-signs": Contestant(Stompp(), start=int(0.95 * TOTAL)),
-        "elastic": Contestant(Method(), ElasticLevels),
+        "elastic": Contestant(STE(), ElasticLevels),
     }
 
 
@@ -77,11 +77,11 @@ class InlinedSTE(nn.Linear):
 def make_run(name: str, contestant: Contestant | None, tokens: int, inputs: int, outputs: int) -> Callable[[], None]:
     """A function that takes one training step."""
     model = nn.Sequential(InlinedSTE(inputs, outputs) if name == INLINED else nn.Linear(inputs, outputs))
-    method, start = Method(), 0
+    method, start = STE(), 0
     if contestant is not None:
         method, start = contestant.method, contestant.start
         binarize_(model, method, levels=lambda _: contestant.levels())
-        model[0].place(Site(1, 2, (outputs, inputs)))  # the second of two layers: StoMPP leaves it clipped at first
+        model[0].set_site(Site(1, 2, (outputs, inputs)))  # the second of two layers: StoMPP leaves it clipped at first
     model.train()
     x = torch.randn(tokens, inputs, requires_grad=True)
     grad = torch.randn(tokens, outputs)

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .base import Method, Part, Site
+from ..base import ClippedInputs, Part, Site
 from .gradient_hook import GradientHook, RawSign
-from .selective_scan import BLOCKS
+from .nets import BLOCKS
 
 BINARIZERS = ("dorefa", "bwn", "bwn_channel")
 NORMS = ("ste", "free")
@@ -17,24 +17,24 @@ HISTORY_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Fsg(Method):
+class Fsg(ClippedInputs):
     """FSG (arXiv 2412.11777): the latent weight's gradient is M = beta slow + (1 - beta) fast, made by two small nets.
 
     Per binary weight W_hat = s sign(W), with its raw gradient g = dL/dW_hat:
         slow = c gate net(LRE, g_(t-l+1), ..., g_t),   fast = c gate g scale(W~),   dL/dW by STE = c gate g
     `slow` ("mamba" or "lstm") runs over the last `length` raw gradients of `chunk` adjacent weights, after an embedding
-    that says which layer it is; `scale` is an MLP of one input. All layers share the nets, which Adam trains, at
+    that identifies the layer; `scale` is an MLP of one input. All layers share the nets, which Adam trains, at
     `slow_lr` and `fast_lr`, on the next step's loss. `binarizer`: W~, c and gate are those of "dorefa", "bwn" or
-    "bwn_channel" (see gradient_hook.py). It all happens in the optimizer's step: evaluation knows nothing of it.
+    "bwn_channel" (see fsg/calibration.py). All of this happens in the optimizer's step; evaluation is not affected.
 
     Memory per binary weight: length * (4 bytes, or 2 with `history_dtype` "bfloat16") + 4. Gradients that are clipped
     by norm are clipped as g. Not for FSDP, nor DeepSpeed ZeRO 2 and 3: g must be whole.
 
     Deviations. The history is divided by its RMS and the output multiplied by it: M scales with g. `init` "ste" makes
-    the first M the STE's: slow and fast are g plus what starts as 0; "paper": nets as they are usually initialized.
-    `update_norm` "ste" gives each layer's M the norm of its STE gradient, and the nets learn M's direction only; "free"
-    does not: nothing bounds M then, and what looks like a better direction may be a larger step. Statistics: |M| over
-    |STE|, cos(M, STE), |change of the nets|.
+    the first M the STE's, because slow and fast are g plus a net that starts as 0; "paper" initializes the nets as
+    usual. `update_norm` "ste" gives each layer's M the norm of its STE gradient, so that the nets learn only the
+    direction of M. With "free" nothing bounds M, and a seemingly better direction may just be a larger step.
+    Statistics: |M| over |STE|, cos(M, STE), |change of the nets|.
 
     >>> method = Fsg(length=3, slow="lstm")
     >>> method.weight_binarizer(Site(0, 1, (1, 3)))(torch.tensor([[-0.5, 0.0, 0.5]]))

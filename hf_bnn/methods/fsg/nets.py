@@ -1,10 +1,14 @@
-"""The nets that generate gradients in FSG, around a selective state-space block for very many, very short sequences."""
+"""The nets that generate gradients in FSG, with a selective state-space block for many very short sequences."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from . import Fsg
 
 
 class SelectiveScan(nn.Module):
@@ -14,9 +18,9 @@ class SelectiveScan(nn.Module):
         h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = C_t h_t + D x_t,   out = out_proj(y silu(z))
     per inner channel, with a state h of `d_state` values and h_0 = 0. Parameters have the names and shapes of Mamba's.
 
-    Deviations at the start: the steps dt lie between `dt_min` and `dt_max`, since the paper's 0.001 to 0.1 suit
-    thousands of tokens, and B and C are about as large as x. Otherwise the state would tell next to nothing, and what
-    is older than the convolution sees would be lost.
+    Deviations at initialization: the steps dt lie between `dt_min` and `dt_max`, because the paper's 0.001 to 0.1 suit
+    thousands of tokens, and B and C are about as large as x. With the paper's values the state would carry almost no
+    signal, and tokens older than the convolution's kernel would be lost.
 
     >>> block = SelectiveScan(d_model=8)
     >>> block(torch.randn(5, 6, 8)).shape, block(torch.randn(5, 6, 8), last_only=True).shape
@@ -47,8 +51,8 @@ class SelectiveScan(nn.Module):
             self.dt_proj.bias.copy_(dt + (-dt).expm1().neg().log())  # the inverse of softplus
 
     def forward(self, u: Tensor, last_only: bool = False) -> Tensor:
-        """`last_only`: only what comes out at the last time, `(batch, d_model)`, at a fraction of the cost."""
-        # Inside, the batch comes last, (channels, time, batch): it alone is long enough to vectorize over.
+        """`last_only`: return the output at the last time only, `(batch, d_model)`, at a fraction of the cost."""
+        # Inside, the batch comes last, (channels, time, batch): only this dimension is long enough to vectorize over.
         u = u.permute(2, 1, 0)
         into_x, into_z = self.in_proj.weight.chunk(2)
         x = F.silu(self._convolve(_mix(into_x, u)))
@@ -85,7 +89,7 @@ class SelectiveScan(nn.Module):
     def _last_state_read(self, dt: Tensor, x: Tensor, B: Tensor, C: Tensor) -> Tensor:
         """C_T h_T: the sum over s of dt_s x_s times the sum over states of C_T B_s exp(A (dt_s+1 + ... + dt_T)).
 
-        This is the recurrence written out: no chain over time to run, or to differentiate through.
+        This unrolls the recurrence, so that neither pass has to follow a chain over time.
         """
         A = -self.A_log.exp()
         gate = B * C[:, None]  # (d_state, time, batch)
@@ -103,7 +107,7 @@ def _mix(weight: Tensor, x: Tensor) -> Tensor:
 class Recurrence(nn.LSTM):
     """An LSTM in a SelectiveScan's place: `(batch, time, d_model)` to its last output `(batch, d_model)`."""
 
-    def __init__(self, d_model: int, d_state: int, d_conv: int, expand: int):  # it has no use for the last three
+    def __init__(self, d_model: int, d_state: int, d_conv: int, expand: int):  # it does not use the last three
         super().__init__(d_model, d_model, batch_first=True)
 
     def forward(self, u: Tensor, last_only: bool = True) -> Tensor:
@@ -116,9 +120,9 @@ BLOCKS: dict[str, type[nn.Module]] = {"mamba": SelectiveScan, "lstm": Recurrence
 class SlowNet(nn.Module):
     """FSG's slow net (arXiv 2412.11777): one layer's gradients at some steps, `(time, n)`, to a gradient, `(n,)`.
 
-    A token is `chunk` adjacent weights at one step. The sequence runs along time, each chunk its own, and begins with
-    the layer's recognition embedding. Deviation: the authors' code lays the steps end to end, so that the same weight
-    one step earlier is n tokens away; there neither the older steps nor the embedding have an effect.
+    A token is `chunk` adjacent weights at one step. Each chunk is a sequence along time, which begins with the layer's
+    recognition embedding. Deviation: the authors' code concatenates the steps, so that the same weight one step earlier
+    is n tokens away; there neither the older steps nor the embedding have an effect.
 
     >>> net = SlowNet(SelectiveScan(8), layers=3, chunk=4, d_model=8)
     >>> net(torch.randn(5, 10), layer=2).shape
@@ -154,3 +158,21 @@ class FastNet(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         return self.out(self.into(value.unsqueeze(1)).tanh()).squeeze(1)
+
+
+def make_nets(method: "Fsg", layers: int) -> nn.ModuleDict:
+    """The nets that `method` needs, which all layers share. They are on the CPU, and equal for equal seeds."""
+    # Not torch.manual_seed, which would also seed the generators of all other devices, and not restore them.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(method.seed)
+        nets = nn.ModuleDict()
+        if method.beta > 0:
+            block = BLOCKS[method.slow](method.d_model, method.d_state, method.d_conv, method.expand)
+            nets["slow"] = SlowNet(block, layers, method.chunk, method.d_model)
+        if method.beta < 1:
+            nets["fast"] = FastNet(method.fast_hidden)
+    if method.init == "ste":
+        for net in nets.values():
+            nn.init.zeros_(net.out.weight)
+            nn.init.zeros_(net.out.bias)
+    return nets

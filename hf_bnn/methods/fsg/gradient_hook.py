@@ -1,38 +1,35 @@
-"""What generates FSG's gradients: the history of each layer, and the hook before the optimizer's steps."""
+"""Generates FSG's gradients in a hook before each step of the optimizer."""
 
-import math
 from collections.abc import Iterator
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..functional import exactly, learning_scale, weight_scale
-from .base import Site, Step
-from .selective_scan import BLOCKS, FastNet, SlowNet
-from .unscaled_sign import UnscaledSign
+from ...functional import exactly
+from ..base import RecordingPart, Site, Step
+from ..scaled_weight import SignWithScaledWeightGradient
+from .calibration import Calibration, calibrate
+from .history import GradientHistory
+from .nets import make_nets
 
 if TYPE_CHECKING:
-    from .fsg import Fsg
+    from . import Fsg
 
-STATISTICS = ("norm_ratio", "cosine", "phi_update")
-SLICE = 4096  # chunks that the slow net takes at once: bounds the memory of its graph, and fits into a CPU's cache
+SLICE = 4096  # chunks for one call of the slow net: bounds the memory of its graph, and fits into a CPU's cache
 TINY = torch.finfo(torch.float32).tiny
 
 
-class RawSign(UnscaledSign):
-    """sign(W), with the gradient g = dL/dW_hat of W_hat = s sign(W): for an optimizer hook to turn into W's own."""
+class RawSign(RecordingPart, SignWithScaledWeightGradient):
+    """sign(W), with the raw gradient g = dL/dW_hat of W_hat = s sign(W), from which a hook makes the gradient of W."""
+
+    statistic_names = ("norm_ratio", "cosine", "phi_update")
 
     def __init__(self, scaling: str):
         super().__init__(scaling)
-        self.register_buffer("record", torch.zeros(len(STATISTICS)), persistent=False)
-        self.recording = False
         self.hooked_as: int | None = None  # its id when it was hooked: a copy of it is not hooked
-
-    def begin_step(self, layer: nn.Module, step: Step) -> None:
-        self.recording = step.log
 
     def end_backward(self, layer: nn.Module, step: Step) -> None:
         if layer.weight.requires_grad and self.hooked_as != id(self):
@@ -41,107 +38,21 @@ class RawSign(UnscaledSign):
                 "call hf_bnn.training.hook_optimizer(model, optimizer, method) before the first step"
             )
 
-    def statistics(self) -> dict[str, float]:
-        return dict(zip(STATISTICS, self.record.tolist(), strict=True)) if self.recording else {}
-
-
-class Calibration(NamedTuple):
-    """How a latent weight looks to the method, both of its shape, float32."""
-
-    value: Tensor  # W~, what the fast net sees
-    slope: Tensor  # c * gate: the straight-through estimator's gradient is slope * dL/dW_hat
-
-
-def calibrate(weight: Tensor, binarizer: str) -> Calibration:
-    """With T = tanh W. dorefa: W~ = T / (2 max|T|) + 1/2, c = (1 - T^2) / max|T|, gate open (DoReFa-Net, 1606.06160).
-    bwn: W~ = W, c = 1, gate |W| <= 1. bwn_channel: the same with c = mean |W| of the output channel.
-    """
-    weight = weight.detach().float()
-    if binarizer == "dorefa":
-        T = weight.tanh()
-        largest = T.abs().max()
-        largest = torch.where(largest == 0, 1.0, largest)
-        return Calibration(T / (2 * largest) + 0.5, (1 - T * T) / largest)
-    slope = (weight.abs() <= 1).float()
-    if binarizer == "bwn_channel":
-        slope *= learning_scale(weight_scale(weight), weight[0].numel()).view(-1, *(1,) * (weight.dim() - 1))
-    return Calibration(weight, slope)
-
-
-def make_nets(method: "Fsg", layers: int) -> nn.ModuleDict:
-    """The nets that `method` needs, shared by all layers, on the CPU; the same for the same seed."""
-    # Not torch.manual_seed: it would also seed, for good, the generators of all other devices.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(method.seed)
-        nets = nn.ModuleDict()
-        if method.beta > 0:
-            block = BLOCKS[method.slow](method.d_model, method.d_state, method.d_conv, method.expand)
-            nets["slow"] = SlowNet(block, layers, method.chunk, method.d_model)
-        if method.beta < 1:
-            nets["fast"] = FastNet(method.fast_hidden)
-    if method.init == "ste":
-        for net in nets.values():
-            nn.init.zeros_(net.out.weight)
-            nn.init.zeros_(net.out.bias)
-    return nets
-
-
-class GradientHistory:
-    """What one layer's last generated gradient was made of, and its norm: n (length * itemsize + 4) + 4 bytes.
-
-    The ring holds the raw gradients of the last `length` steps. The latent weight is that of the last step.
-    """
-
-    def __init__(self, weight: Tensor, length: int, dtype: torch.dtype):
-        self.ring = torch.zeros(length, weight.numel(), dtype=dtype, device=weight.device)
-        self.weight = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
-        self.norm = torch.zeros((), device=weight.device)
-        self.count = 0
-
-    def push(self, gradient: Tensor, weight: Tensor) -> None:
-        self.ring[self.count % len(self.ring)] = gradient
-        self.weight.copy_(weight)
-        self.count += 1
-
-    def gradients(self, part: slice = slice(None)) -> Tensor:
-        """Those of the weights in `part`, `(steps, weights)`, float32, the newest last."""
-        length = len(self.ring)
-        rows = [step % length for step in range(max(0, self.count - length), self.count)]
-        return self.ring[rows, part].float()
-
-    def latest(self) -> Tensor:
-        """The newest of them all, `(n,)`, float32."""
-        return self.ring[(self.count - 1) % len(self.ring)].float()
-
-    def rms(self) -> Tensor:
-        """The root mean square of what the ring holds, a scalar."""
-        filled = self.ring[: self.count]
-        return torch.linalg.vector_norm(filled, dtype=torch.float32) / math.sqrt(filled.numel())
-
-    def to(self, device: torch.device) -> None:
-        self.ring, self.weight, self.norm = (t.to(device) for t in (self.ring, self.weight, self.norm))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"ring": self.ring, "weight": self.weight, "norm": self.norm, "count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for key in ("ring", "weight", "norm"):
-            getattr(self, key).copy_(state[key])
-        self.count = state["count"]
-
 
 class GradientHook:
-    """Replaces, before each step of `optimizer`, the raw weight gradients g = dL/dW_hat by generated ones:
+    """Replaces the raw weight gradients g = dL/dW_hat by generated ones before each step of `optimizer`:
 
         M = slope (g + beta rms slow(history / rms) + (1 - beta) g fast(W~)),   slope = c * gate
 
-    (without the first g under init="paper", and with its norm set under update_norm="ste").
-    First the nets learn from how the last M has done: from -<G / |G|, M / |M|>, where G = slope g is taken at the
-    weights that M has led to, averaged over the layers. This is the gradient of the loss through a weight update of the
-    form W - lr M, up to a positive factor per layer, without that graph. |M| is a constant if nothing sets it.
+    Under init="paper" the first g is left out; under update_norm="ste" the norm of M is set.
 
-    A layer that has no gradient in a step, or is another optimizer's, is left alone. All of it is in float32, and in
-    the state dict of `optimizer`.
+    The nets learn first, from the effect of the last M. Their loss is -<G / |G|, M / |M|>, averaged over the layers,
+    where G = slope g is taken at the weights to which M has led. Up to a positive factor per layer, its gradient is
+    that of the training loss through a weight update W - lr M, but it needs no graph of that update. |M| is a constant
+    where nothing sets it.
+
+    A layer without a gradient in a step, or of another optimizer, keeps what it has. All computations are in float32.
+    The state is part of the state dict of `optimizer`.
     """
 
     def __init__(self, method: "Fsg", optimizer: torch.optim.Optimizer, layers: list[tuple[Site, nn.Module]]):
@@ -170,7 +81,7 @@ class GradientHook:
 
     @torch.no_grad()
     def before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        """Put M into the gradients. Raises ValueError for a closure: it would compute them after this."""
+        """Write M to the gradients. Raises ValueError for a closure, which would compute them only after this hook."""
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise ValueError(f"method {self.method.name!r} cannot be used with optimizer.step(closure)")
         found_inf = getattr(optimizer, "found_inf", None)
@@ -189,7 +100,7 @@ class GradientHook:
                 self._replace(i, scale, change)
 
     def _active(self, optimizer: torch.optim.Optimizer) -> list[int]:
-        """The layers whose gradient is to be replaced, each weight once."""
+        """The indices of the layers whose gradient is to be replaced, each weight once."""
         waiting = {id(p) for group in optimizer.param_groups for p in group["params"]}
         found = []
         for i, (site, layer) in enumerate(self.layers):
@@ -200,7 +111,7 @@ class GradientHook:
         return found
 
     def _follow(self) -> torch.device:
-        """Move everything to where the weights are now."""
+        """Move all state to the device of the weights, and return that device."""
         devices = {layer.weight.device for _, layer in self.layers}
         if len(devices) > 1:
             found = ", ".join(sorted(map(str, devices)))
@@ -219,7 +130,7 @@ class GradientHook:
         return raw if scale == 1.0 else raw / scale
 
     def _generate(self, index: int, latest: Tensor, calibration: Calibration) -> Iterator[tuple[slice, Tensor]]:
-        """M of the layer, slice by slice: (which weights, M there)."""
+        """M of the layer, slice by slice: (slice of the weights, M of these weights)."""
         history, beta = self.histories[index], self.method.beta
         rms = history.rms()
         value, slope = calibration.value.flatten(), calibration.slope.flatten()
@@ -236,7 +147,7 @@ class GradientHook:
             yield part, slope[part] * total
 
     def _learn(self, previous: list[int], scale: float) -> Tensor | float:
-        """One step of the nets, for the last M of these layers. Returns its norm if that is logged, else 0."""
+        """Train the nets for one step on the last M of these layers. Return its norm if it is logged, else 0."""
         if not previous:
             return 0.0
         self.adam.zero_grad()
@@ -259,7 +170,7 @@ class GradientHook:
         return torch.stack([(p - q).norm() for p, q in zip(parameters, before, strict=True)]).norm() if logged else 0.0
 
     def _replace(self, index: int, scale: float, change: Tensor | float) -> None:
-        """Write the layer's M into its weight's gradient, and remember what it is made of."""
+        """Write M to the gradient of the layer's weight, and keep its sources in the layer's history."""
         layer, history = self.layers[index][1], self.histories[index]
         raw, calibration = self._raw(index, scale), calibrate(layer.weight, self.method.binarizer)
         history.push(raw, layer.weight)
@@ -273,10 +184,10 @@ class GradientHook:
         if part.recording:
             norm, change = M.norm(), torch.as_tensor(change, device=M.device)
             cosine = torch.dot(M, straight) * _inverse(norm) * _inverse(straight_norm)
-            part.record.copy_(torch.stack([norm * _inverse(straight_norm), cosine, change]))
+            part.recorded.copy_(torch.stack([norm * _inverse(straight_norm), cosine, change]))
         layer.weight.grad.copy_(M.view_as(layer.weight) * scale)
 
-    # The optimizer's state dict: all of this under the method's name, as tensors and numbers
+    # State: under the method's name in the optimizer's state dict, as tensors and numbers
 
     def save(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         state_dict[self.method.name] = {
@@ -308,12 +219,12 @@ class GradientHook:
 
 
 def _inverse(norm: Tensor) -> Tensor:
-    """1 / norm, or 0 for a norm of 0: nothing is to be learned where nothing was."""
+    """1 / norm, or 0 for a norm of 0, so that a zero gradient teaches the nets nothing."""
     return torch.where(norm > TINY, 1 / norm, 0.0)
 
 
 def _require_whole(site: Site, layer: nn.Module) -> None:
-    # A sharded weight is a DTensor, which is known by its full_tensor(), or a flat piece.
+    # A sharded weight is a flat piece, or a DTensor, which has a full_tensor().
     if hasattr(layer.weight, "full_tensor") or tuple(layer.weight.shape) != site.weight_shape:
         raise ValueError(
             f"FSG needs whole gradients: the weight of binary layer {site.index} is sharded, or no longer of shape "
@@ -322,7 +233,10 @@ def _require_whole(site: Site, layer: nn.Module) -> None:
 
 
 def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Over the processes. They compute the same, but not always to the last bit on a GPU: they would drift apart."""
+    """Average the gradients over processes, in place.
+
+    The processes compute equal gradients, but on a GPU not always to the last bit: without this they would drift apart.
+    """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     joined = torch.cat([p.grad.flatten() for p in parameters])
@@ -333,7 +247,7 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def _contents(state: dict[str, Any]) -> Iterator[str]:
-    """What the tensors in a hook's state are, in words."""
+    """A description of each tensor in a hook's state."""
     for name, tensor in state["nets"].items():
         yield f"{name} of shape {tuple(tensor.shape)}"
     for i, layer in enumerate(state["layers"]):
