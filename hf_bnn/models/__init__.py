@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from . import fused  # noqa: F401 (tells hf_bnn.optimize_ what to do with the blocks)
 from .bert import (
     BinaryBertConfig,
     BinaryBertForMaskedLM,

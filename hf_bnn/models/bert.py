@@ -14,9 +14,13 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
 )
-from transformers.models.bert.modeling_bert import BertCrossAttention, BertEmbeddings, BertSelfAttention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert import modeling_bert
+from transformers.models.bert.modeling_bert import BertCrossAttention, BertEmbeddings, BertLayer, BertSelfAttention
 
 from ..functional import straight_through
+from ..fused.blocks import FusedFeedForward, FusedProjections
+from ..fused.registry import fuses
 from ..nn.embeddings import RoundedEmbedding
 from ..selection import covered
 from .base import EMBEDDINGS, check_choice
@@ -142,6 +146,40 @@ class RoundedDecoder(nn.Module):
         if isinstance(table, RoundedEmbedding):  # the padding token's row learns too, as it does in transformers
             rows = straight_through(rows.detach(), table.weight)
         return F.linear(x, rows, self.bias)
+
+
+@fuses(BertSelfAttention)
+class FusedBertSelfAttention(FusedProjections, BertSelfAttention):
+    """BertSelfAttention with one product for queries, keys and values."""
+
+    def projections(self) -> tuple[nn.Module, ...]:
+        return self.query, self.key, self.value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if past_key_values is not None or self.runs_plain(hidden_states):
+            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+        implementation, eager = self.config._attn_implementation, modeling_bert.eager_attention_forward
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        return self.attend(hidden_states, attention_mask, self.attention_head_size, attention, kwargs)
+
+
+@fuses(BertLayer)
+class FusedBertLayer(FusedFeedForward, BertLayer):
+    """BertLayer whose feed-forward block keeps its hidden values as bits."""
+
+    def layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output.dense
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        if self.runs_plain(attention_output):
+            return super().feed_forward_chunk(attention_output)
+        return self.output.LayerNorm(self.call(attention_output) + attention_output)
 
 
 class BinaryBertModel(BinaryBertMixin, BertModel):

@@ -12,9 +12,12 @@ from transformers.models.resnet.modeling_resnet import (
     ResNetConvLayer,
     ResNetEmbeddings,
     ResNetShortCut,
+    ResNetStage,
 )
 
 from ..convert import replace_modules
+from ..fused.convolutions import FusedBasicBlock, FusedBottleNeckBlock, FusedStage, FusedStem
+from ..fused.registry import fuses
 from ..nn.activations import RPReLU
 from ..nn.levels import SignedLevels, ThresholdLevels
 from ..observers import transformed
@@ -168,6 +171,28 @@ def resized(x: Tensor, conv: nn.Conv2d) -> Tensor:
     if x.shape[1] % channels == 0:
         return x.unflatten(1, (channels, -1)).mean(2)
     return F.adaptive_avg_pool1d(x.flatten(2).transpose(1, 2), channels).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+@fuses(BiRealStem)
+class FusedBiRealStem(FusedStem, BiRealStem):
+    """A BiRealStem that pools and normalizes in one call."""
+
+
+@fuses(BiRealBasicLayer)
+class FusedBiRealBasicLayer(FusedBasicBlock, BiRealBasicLayer):
+    """A packed BiRealBasicLayer that runs each convolution and everything behind it as one call."""
+
+
+@fuses(BiRealBottleNeckLayer)
+class FusedBiRealBottleNeckLayer(FusedBottleNeckBlock, BiRealBottleNeckLayer):
+    """A packed BiRealBottleNeckLayer that runs each convolution and everything behind it as one call."""
+
+    resized = staticmethod(resized)
+
+
+@fuses(ResNetStage)
+class FusedResNetStage(FusedStage, ResNetStage):
+    """A stage of fused blocks, each of which hands bits to the next."""
 
 
 BIREAL = {ResNetBasicLayer: BiRealBasicLayer, ResNetBottleNeckLayer: BiRealBottleNeckLayer}

@@ -4,13 +4,16 @@ import re
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_utils import load_state_dict
-from transformers.models.vit.modeling_vit import ViTAttention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
+from transformers.models.vit import modeling_vit
+from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 from transformers.utils import logging
 
+from ..fused.blocks import FusedFeedForward, FusedProjections
+from ..fused.registry import fuses
 from .transformer import BinaryTransformerMixin, TransformerConfigFields
 
 logger = logging.get_logger(__name__)
@@ -75,6 +78,35 @@ def without_distillation(deit: dict[str, Tensor]) -> dict[str, Tensor]:
         "DeiT checkpoint; its accuracy is that of the class token alone"
     )
     return kept
+
+
+@fuses(ViTAttention)
+class FusedViTAttention(FusedProjections, ViTAttention):
+    """ViTAttention with one product for queries, keys and values."""
+
+    def projections(self) -> tuple[nn.Module, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.runs_plain(hidden_states):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        implementation, eager = self.config._attn_implementation, modeling_vit.eager_attention_forward
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        context, probabilities = self.attend(hidden_states, attention_mask, self.head_dim, attention, kwargs)
+        return self.o_proj(context), probabilities
+
+
+@fuses(ViTMLP)
+class FusedViTMLP(FusedFeedForward, ViTMLP):
+    """ViTMLP whose hidden values stay bits."""
+
+    def layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.fc1, self.activation_fn, self.fc2
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) if self.runs_plain(hidden_states) else self.call(hidden_states)
 
 
 class BinaryViTModel(BinaryViTMixin, ViTModel):
