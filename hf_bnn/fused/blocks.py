@@ -74,7 +74,7 @@ class FusedProjections(Fused):
         attention: Attention,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        """`(batch, tokens, in)` to `(batch, tokens, heads * head_dim)`, without dropout; and what else `attention` gives."""
+        """`(batch, tokens, in)` to `(batch, tokens, heads * head_dim)`, and `attention`'s second result. No dropout."""
         shape = hidden_states.shape[:-1]
         heads = [part.view(*shape, -1, head_dim).transpose(1, 2) for part in self.joint(hidden_states)]
         context, probabilities = attention(self, *heads, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)

@@ -137,6 +137,9 @@ class BinaryModelMixin(CheckedLoading):
     The family says, in methods, what the levels of each layer's input are and what else it replaces.
     """
 
+    # Patterns of the modules in attention, feed-forward or residual blocks that `optimize_` does not fuse: the reasons.
+    unfused: ClassVar[dict[str, str]] = {}
+
     def __init__(self, config, *args, **kwargs):
         if not isinstance(config, self.config_class):
             raise TypeError(

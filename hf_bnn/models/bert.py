@@ -87,6 +87,7 @@ class BinaryBertMixin(BinaryTransformerMixin):
 
     config_class = BinaryBertConfig
     attention_classes = (BertSelfAttention, BertCrossAttention)
+    unfused: ClassVar[dict[str, str]] = {"*crossattention.self": "queries and keys read different inputs"}
     config: BinaryBertConfig
 
     @staticmethod
