@@ -36,7 +36,7 @@ SIZES = {
     BinaryViTConfig: VIT_SIZE,
     BinaryResNetConfig: RESNET_SIZE,
 }
-CLASSES = [cls for classes in MODELS.values() for cls in classes]
+CLASSES = [cls for models in MODELS.values() for cls in models.values()]
 CROSS_ATTENTION = {"is_decoder": True, "add_cross_attention": True}
 
 

@@ -36,8 +36,9 @@ from ..selection import (
     pattern_list,
 )
 from ..summary import composition
-from .base import BinaryModelMixin, check_choice
+from .base import BinaryModelMixin
 from .checkpoint import AGAIN, CONFIG_DIGEST, check_sizes
+from .config import check_choice
 from .loading import one_line, refuse_offloading
 
 logger = logging.get_logger(__name__)

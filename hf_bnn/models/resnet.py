@@ -21,7 +21,8 @@ from ..fused.registry import fuses
 from ..nn.activations import RPReLU
 from ..nn.levels import SignedLevels, ThresholdLevels
 from ..observers import transformed
-from .base import BinaryConfigFields, BinaryModelMixin, check_choice
+from .base import BinaryModelMixin
+from .config import BinaryConfigFields, check_choice
 
 STEM, SHORTCUTS, CLASSIFIER = "*embedder.embedder*", "*.shortcut.*", "classifier*"
 BLOCKS = ("bireal", "residual")

@@ -9,7 +9,8 @@ from transformers.masking_utils import eager_mask
 
 from ..nn.attention import BinaryAttention, BooleanAttention
 from ..nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
-from .base import BinaryConfigFields, BinaryModelMixin, check_choice
+from .base import BinaryModelMixin
+from .config import BinaryConfigFields, check_choice
 
 ATTENTION = "hf_bnn"
 ATTENTIONS = {"float": None, "binary": BinaryAttention, "boolean": BooleanAttention}
