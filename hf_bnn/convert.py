@@ -97,6 +97,31 @@ def to_binary_(
     return leave_fast_path_(model)
 
 
+def to_packed_(
+    model: nn.Module,
+    layers: dict[nn.Module, str],
+    binarize: str = "both",
+    levels: Callable[[str], SignedLevels] | None = None,
+    weight_scaling: str = "channel",
+) -> nn.Module:
+    """Turn the given float layers, with their names, and all rounded tables into packed ones, in place.
+
+    Their bits are still to be loaded. Works on the meta device.
+    """
+    if binarize == "activations":  # such layers have no packed form: the tables alone are packed
+        return empty_packed_(to_binary_(model, layers, binarize, levels, weight_scaling))
+
+    def packed(_: str, module: nn.Module) -> nn.Module | None:
+        if module not in layers:
+            return PACKED[type(module)].empty_like(module) if _packs(module) else None
+        both = binarize == "both"
+        input_levels = levels(layers[module]) if levels and both else None
+        return PACKED[BINARY_CLASSES[type(module)]].empty(module, input_levels, both, weight_scaling)
+
+    replace_modules(model, packed)
+    return leave_fast_path_(model).eval()
+
+
 @torch.no_grad()
 def pack_(model: nn.Module, allow_unfinished: bool = False) -> nn.Module:
     """Replace latent weights by their bits, in place, and switch to evaluation. The model can no longer be trained.

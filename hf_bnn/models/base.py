@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..adapters import refuse_adapted
-from ..convert import empty_packed_, set_weight_format, to_binary_
+from ..convert import set_weight_format, to_binary_, to_packed_
 from ..fused import optimize_
 from ..install import install_method, method_state_names
 from ..integrity import CorruptCheckpointError, file_digest
@@ -58,11 +58,11 @@ class BinaryModelMixin(CheckedLoading):
         self.rewrite()
         if config.binarize == "none":
             return
-        to_binary_(self, self.chosen_layers(), config.binarize, self.input_levels, config.weight_scaling)
+        structure = (self.chosen_layers(), config.binarize, self.input_levels, config.weight_scaling)
         if config.weight_format == "packed":
-            empty_packed_(self)
+            to_packed_(self, *structure)
         else:
-            install_method(self)
+            install_method(to_binary_(self, *structure))
             config.weight_format = "latent"
 
     def chosen_layers(self) -> dict[nn.Module, str]:

@@ -17,7 +17,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..convert import empty_packed_, is_binary, to_binary_
+from ..convert import is_binary, to_binary_, to_packed_
 from ..functional import WEIGHT_SCALINGS
 from ..install import install_method
 from ..integrity import CorruptCheckpointError
@@ -174,11 +174,11 @@ class BinaryQuantizer(HfQuantizer):
         if is_binary(model):
             raise ValueError(f"{type(model).__name__} is binary already: leave BinaryConfig out")
         layers = config.choose(model, built=self.pre_quantized)
-        to_binary_(model, layers, config.binarize, lambda name: config.input_levels(name, base), config.weight_scaling)
+        structure = (layers, config.binarize, lambda name: config.input_levels(name, base), config.weight_scaling)
         if self.pre_quantized and config.weight_format == "packed":
-            empty_packed_(model)
+            to_packed_(model, *structure)
         else:
-            install_method(model)
+            install_method(to_binary_(model, *structure))
         self.scalar_levels = self.pre_quantized and has_scalar_levels(None, checkpoint_files)
         if self.scalar_levels:
             set_levels_shape_(model, ())
