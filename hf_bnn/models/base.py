@@ -1,4 +1,4 @@
-"""What the binary model classes of all families share: config fields, loading, saving."""
+"""The base of all binary model classes: how they are built, loaded and saved."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ OWN_PARTS = (LearnedLevels, RPReLU)  # modules whose parameters a float checkpoi
 
 
 class BinaryModelMixin(CheckedLoading):
-    """Comes before a transformers model class and makes its linear layers binary.
+    """Makes the linear and conv2d layers of a transformers model binary. Comes before the model's class.
 
-    The family says, in methods, what the levels of each layer's input are and what else it replaces.
+    A family overrides methods to choose the levels of each layer's input and to replace other modules.
     """
 
-    # Patterns of the modules in attention, feed-forward or residual blocks that `optimize_` does not fuse: the reasons.
+    # Patterns of modules in attention, feed-forward or residual blocks that `optimize_` does not fuse, with reasons.
     unfused: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config, *args, **kwargs):
@@ -66,7 +66,7 @@ class BinaryModelMixin(CheckedLoading):
             config.weight_format = "latent"
 
     def chosen_layers(self) -> dict[nn.Module, str]:
-        """The layers that are to be binary, with their names. Raises ValueError for a pattern that matches nothing."""
+        """The layers to make binary, with their names. Raises ValueError for a pattern that matches nothing."""
         config = self.config
         patterns = config.exclude = pattern_list("exclude", config.exclude)
         own = [pattern for pattern in patterns if pattern not in config.family_patterns]
@@ -80,21 +80,21 @@ class BinaryModelMixin(CheckedLoading):
 
     @property
     def binary_config(self) -> BinaryConfigFields:
-        """Where it is written what is binary, and what the checkpoint holds."""
+        """The config that records what is binary and what the checkpoint holds."""
         return self.config
 
     def prepare_config(self, config) -> None:
-        """Settle, before the float model is built, whatever its building reads from the config."""
+        """Adjust the config, in place, before the float model is built from it."""
 
     def input_levels(self, name: str) -> SignedLevels:
         """The levels of the input of the binary layer called `name`."""
         return ElasticLevels() if self.config.levels == "elastic" else SignedLevels()
 
     def rewrite(self) -> None:
-        """Change other parts of the float model, before its layers become binary (rounded tables, other blocks)."""
+        """Replace other parts of the float model (tables, blocks) before its layers become binary."""
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers; a binary output layer stays binary. Raises ValueError where either is packed."""
+        """As in transformers; a binary output layer stays binary. Raises ValueError if either is packed."""
         parts = {"word table": self.get_input_embeddings(), "output layer": self.get_output_embeddings()}
         for name, part in parts.items():
             if isinstance(part, tuple(PACKED.values())):
@@ -125,7 +125,7 @@ class BinaryModelMixin(CheckedLoading):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, optimize: bool = False, **kwargs):
         """As in transformers. `optimize` runs `hf_bnn.optimize_` on a packed checkpoint.
 
-        Raises CorruptCheckpointError for a binary checkpoint that is not as it was saved, or that cannot be read.
+        Raises CorruptCheckpointError for a binary checkpoint that was altered since it was saved or cannot be read.
         """
         try:
             found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -164,7 +164,7 @@ class BinaryModelMixin(CheckedLoading):
     def float_weights(
         self, state_dict: dict[str, Tensor] | None, files: list[str] | None
     ) -> tuple[dict[str, Tensor] | None, list[str] | None]:
-        """What to load of a float checkpoint, given in memory or in files: another family's, in this one's names."""
+        """The weights to load of a float checkpoint, in memory or in files. Renames the weights of a related family."""
         return state_dict, files
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys, device_map, *args, **kwargs):
@@ -182,12 +182,12 @@ class BinaryModelMixin(CheckedLoading):
         loading_info.missing_keys = {key for key in loading_info.missing_keys if not key.startswith(fresh)}
 
     def level_prefixes(self) -> tuple[str, ...]:
-        """How the state dict's keys of all levels, and of other parts that float models lack, begin."""
+        """The prefixes of the state dict's keys that float models lack: those of levels and of RPReLU."""
         return tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, OWN_PARTS))
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        for module in self.modules():  # the stock model's own walk does not know them
+        for module in self.modules():  # the stock model's own loop skips them
             if isinstance(module, OWN_PARTS):
                 if all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
                     module.fresh = False
@@ -204,8 +204,10 @@ class BinaryModelMixin(CheckedLoading):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """As in transformers, with three differences: what belongs to a training method is left out, the digests of
-        the weight files go into config.json, and whatever the folder holds stays as it is until all is written.
+        """As in transformers, with three differences.
+
+        A training method's state is left out, config.json receives the digests of the weight files, and the files in
+        the folder are replaced only after all new ones are written.
         """
         refuse_adapted(self)
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)

@@ -1,4 +1,4 @@
-"""Binary BERT: config, recipe (what is binarized, on which levels), fused blocks and model classes."""
+"""Binary BERT: config, fused blocks and model classes. `text.py` holds what it shares with other text models."""
 
 from typing import ClassVar
 
@@ -21,16 +21,17 @@ HEADS = ("classifier", "cls.*", "qa_outputs")
 
 
 class BinaryBertConfig(TextConfigFields, BertConfig):
-    """The config of a binary BERT: BertConfig's fields, and what is binary.
+    """The config of a binary BERT: BertConfig's fields, and those that say which parts are binary.
 
     - `binarize`: "both", "weights" or "activations".
-    - `attention`: "float", "binary" for the two attention products too (BiT), or "boolean": these without the softmax
-      between them, a token is attended to or not (BiBERT).
+    - `attention`: the two attention products. "float"; "binary" (BiT); or "boolean" (BiBERT): binary without a softmax,
+      each token is attended to or not.
     - `embeddings`: the word table, "float", "int8" (one scale per row) or "binary". With "binary" the position table
-      is binary as well and the pooler is among the binary layers, as in BiT: only then a BERT-base fits 14 MiB.
-    - `levels`: "elastic" (learned scale and threshold) or "signed" ({-1, 1}); `ffn_levels`, of the second FFN layer's
-      input, which follows GELU: "elastic" ({0, a}, learned) or "unsigned" ({0, 1}).
-    - `exclude`: shell-style patterns of modules that stay float; None is resolved once and stored.
+      and the pooler are binary too, as in BiT. This brings BERT-base to at most 14 MiB.
+    - `levels`: of the binary layers' inputs, "elastic" (learned scale and threshold) or "signed" ({-1, 1}).
+    - `ffn_levels`: of the second FFN layer's input, which follows GELU, "elastic" ({0, a}, a learned) or "unsigned"
+      ({0, 1}).
+    - `exclude`: shell-style patterns of modules that stay float. None: the default, which is then stored.
 
     >>> BinaryBertConfig(embeddings="binary").exclude
     ['classifier', 'cls.*', 'qa_outputs']
@@ -76,7 +77,7 @@ class BinaryBertModel(BinaryBertMixin, BertModel):
 
 
 class BinaryBertForMaskedLM(BinaryBertMixin, BertForMaskedLM):
-    """BertForMaskedLM with binary weights and activations. Its decoder, if tied, sees the rounded word table.
+    """BertForMaskedLM with binary weights and activations. A tied decoder reads the rounded word table.
 
     >>> config = BinaryBertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     >>> model = BinaryBertForMaskedLM(config)
@@ -86,7 +87,7 @@ class BinaryBertForMaskedLM(BinaryBertMixin, BertForMaskedLM):
 class BinaryBertForSequenceClassification(BinaryBertMixin, BertForSequenceClassification):
     """BertForSequenceClassification with binary weights and activations.
 
-    `from_pretrained` reads float BERT checkpoints (their weights become the latent ones), latent and packed ones.
+    `from_pretrained` reads float, latent and packed checkpoints. Float weights become the latent ones.
 
     >>> config = BinaryBertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     >>> model = BinaryBertForSequenceClassification(config)

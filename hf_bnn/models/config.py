@@ -26,24 +26,24 @@ def check_choice(field: str, value: object, choices) -> None:
 
 @dataclass
 class BinaryConfigFields:
-    """The structure of a binary model, as fields of its config. How it is trained is the trainer's business."""
+    """The structure of a binary model, as fields of its config. Training settings are not among them."""
 
     float_model_type: ClassVar[str]  # the model_type of the float checkpoints that this family reads
-    also_reads: ClassVar[tuple[str, ...]] = ()  # the model_type of others whose weights it can take
+    also_reads: ClassVar[tuple[str, ...]] = ()  # model types of related families whose float weights it can read
 
     levels_choices: ClassVar[tuple[str, ...]] = ("elastic", "signed")
-    family_patterns: ClassVar[tuple[str, ...]] = ()  # of the family's own `exclude`: a head need not have all of them
+    family_patterns: ClassVar[tuple[str, ...]] = ()  # the default of `exclude`; a head may lack some of these modules
 
     binarize: str = "both"  # both | weights | activations | none: a float model of the same structure
     levels: str = "elastic"  # of the binary layers' inputs: elastic | signed
     weight_scaling: str = "channel"  # one scale per output channel, per layer, or none: channel | layer | none
-    exclude: list[str] | None = None  # patterns of the modules that stay float; None: the family's own
-    method: dict[str, Any] | None = None  # a record for the model card: the method that trained the weights
+    exclude: list[str] | None = None  # patterns of the modules that stay float; None: the family's default
+    method: dict[str, Any] | None = None  # the method that trained the weights, for the model card
     weight_format: str = "float"  # what the checkpoint holds: float | latent | packed
-    weights_sha256: dict[str, str] | None = None  # of the weight files beside this config, written when they are saved
+    weights_sha256: dict[str, str] | None = None  # of the weight files beside this config; written when they are saved
 
     def __post_init__(self, **kwargs):
-        if (skip := kwargs.pop("skip", None)) is not None:  # as older configs call it
+        if (skip := kwargs.pop("skip", None)) is not None:  # the name in older configs
             if self.exclude is not None:
                 raise ValueError(f"exclude={self.exclude!r} and skip={skip!r}: skip is an older name of exclude")
             self.exclude = skip
@@ -84,20 +84,20 @@ class BinaryConfigFields:
 
     @classmethod
     def own_fields(cls) -> set[str]:
-        """The names of the fields that a float model's config lacks."""
+        """The names of the fields that this package adds to a float model's config."""
         package = __name__.partition(".")[0]
         own = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == package]
         return {name for base in own for name in vars(base).get("__annotations__", ()) if hasattr(base, name)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As in transformers. Raises CorruptCheckpointError for what has changed since it was saved with a digest."""
+        """As in transformers. Raises CorruptCheckpointError if the config differs from its saved digest."""
         saved = CONFIG_DIGEST in config_dict and not kwargs.keys() & config_dict.keys()
-        folder = kwargs.get("name_or_path")  # the Auto classes say it
+        folder = kwargs.get("name_or_path")  # set by the Auto classes
         name = Path(folder) / CONFIG_NAME if folder else CONFIG_NAME
         verify_structure(config_dict, name)
         check_sizes(config_dict, name)
-        # Trap: transformers sets what a caller asks for on the finished config, past its checks.
+        # Trap: transformers sets a caller's fields on the finished config, which bypasses its checks.
         asked = {field: kwargs.pop(field) for field in cls.own_fields() & kwargs.keys()}
         config_dict = {**{key: value for key, value in config_dict.items() if key != CONFIG_DIGEST}, **asked}
         try:

@@ -1,4 +1,4 @@
-"""Binary ViT: config, recipe and model classes. Its weights may come from ViT or DeiT checkpoints."""
+"""Binary ViT: config, fused blocks and model classes. Reads the float weights of ViT and DeiT."""
 
 import re
 from typing import Any, ClassVar
@@ -22,14 +22,15 @@ EXCLUDE = ("*patch_embeddings*", "*pooler*", "classifier", "decoder*")
 
 
 class BinaryViTConfig(TransformerConfigFields, ViTConfig):
-    """The config of a binary ViT: ViTConfig's fields, and what is binary.
+    """The config of a binary ViT: ViTConfig's fields, and those that say which parts are binary.
 
     - `binarize`: "both", "weights" or "activations".
-    - `attention`: "float", "binary" for the two attention products too (BiT), or "boolean": these without the softmax
-      between them, a token is attended to or not (BiBERT).
-    - `levels`: "elastic" (learned scale and threshold) or "signed" ({-1, 1}); `ffn_levels`, of the second FFN layer's
-      input, which follows GELU: "elastic" ({0, a}, learned) or "unsigned" ({0, 1}).
-    - `exclude`: shell-style patterns of modules that stay float; None is resolved once and stored.
+    - `attention`: the two attention products. "float"; "binary" (BiT); or "boolean" (BiBERT): binary without a softmax,
+      each token is attended to or not.
+    - `levels`: of the binary layers' inputs, "elastic" (learned scale and threshold) or "signed" ({-1, 1}).
+    - `ffn_levels`: of the second FFN layer's input, which follows GELU, "elastic" ({0, a}, a learned) or "unsigned"
+      ({0, 1}).
+    - `exclude`: shell-style patterns of modules that stay float. None: the default, which is then stored.
 
     >>> BinaryViTConfig(image_size=32, patch_size=4).exclude
     ['*patch_embeddings*', '*pooler*', 'classifier', 'decoder*']
@@ -47,7 +48,7 @@ class BinaryViTConfig(TransformerConfigFields, ViTConfig):
 
 
 class BinaryViTMixin(BinaryTransformerMixin):
-    """What makes any ViT head binary."""
+    """Makes any ViT head binary."""
 
     config_class = BinaryViTConfig
     attention_classes = (ViTAttention,)
@@ -67,7 +68,7 @@ class BinaryViTMixin(BinaryTransformerMixin):
 
 
 def without_distillation(deit: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DeiT's weights under the names of ViT's, without what belongs to the distillation token. Warns of the loss."""
+    """DeiT's weights under ViT's names, without those of the distillation token. Logs a warning about the loss."""
     kept = {re.sub(r"^deit\.", "vit.", key): value for key, value in deit.items() if "distillation" not in key}
     kept = {key.replace("cls_classifier", "classifier"): value for key, value in kept.items()}
     for key in [key for key in kept if key.endswith("position_embeddings")]:  # class, distillation, patches
@@ -120,8 +121,8 @@ class BinaryViTModel(BinaryViTMixin, ViTModel):
 class BinaryViTForImageClassification(BinaryViTMixin, ViTForImageClassification):
     """ViTForImageClassification with binary weights and activations.
 
-    `from_pretrained` reads float ViT and DeiT checkpoints (their weights become the latent ones; of DeiT's, the
-    distillation token is dropped), latent and packed ones.
+    `from_pretrained` reads float, latent and packed checkpoints. Float weights, of ViT or DeiT, become the latent ones;
+    DeiT's distillation token is dropped.
 
     >>> config = BinaryViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     >>> model = BinaryViTForImageClassification(config)
@@ -136,7 +137,7 @@ class BinaryViTForMaskedImageModeling(BinaryViTMixin, ViTForMaskedImageModeling)
     """
 
 
-# transformers renames by class name: it finds the ViTModel within the heads, but not a base model that is ours.
+# transformers looks renamings up by class name: it knows the ViTModel within the heads, but not BinaryViTModel.
 register_checkpoint_conversion_mapping(
     BinaryViTModel.__name__, get_checkpoint_conversion_mapping(ViTModel.__name__), overwrite=True
 )
