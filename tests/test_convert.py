@@ -1,4 +1,4 @@
-"""Float to binary to packed and back: which layers, in which order, and what is said when there are none."""
+"""Float to binary to packed and back: which layers, in which order, and the errors where there are none."""
 
 from collections.abc import Callable
 
@@ -149,7 +149,7 @@ def test_parts_are_in_the_mode_of_their_layer(training: bool):
 
 
 class Scaled(nn.Module):
-    """Two binary layers; the second sees what the first puts out."""
+    """Two binary layers; the second reads the output of the first."""
 
     def __init__(self) -> None:
         super().__init__()

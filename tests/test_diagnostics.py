@@ -1,4 +1,4 @@
-"""check_inputs: it finds inputs whose sign says nothing, keeps quiet about healthy ones, and leaves no trace."""
+"""check_inputs finds inputs with constant signs, reports no problem for healthy ones, and leaves the model unchanged."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What binary text models share: rounded word tables, tied output layers, and fused blocks of BERT's structure.
+"""The base of binary text models: rounded word tables, tied output layers, and fused blocks of BERT's structure.
 
 A new text family derives its config, mixin and fused blocks from the classes here, as `bert.py` does.
 """
