@@ -1,4 +1,4 @@
-"""check_inputs finds inputs with constant signs, reports no problem for healthy ones, and leaves the model unchanged."""
+"""check_inputs finds inputs with constant signs, reports no problem for healthy ones, and changes nothing."""
 
 import copy
 
