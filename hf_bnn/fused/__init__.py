@@ -1,7 +1,5 @@
 """Packed models made fast, in place: kernels' own layouts, and products fused with what is around them."""
 
-from collections.abc import Callable
-
 from torch import nn
 
 from ..nn.attention import BinaryAttention, BooleanAttention
@@ -9,6 +7,7 @@ from ..nn.packed import PackedConv2d, PackedLinear, is_packed
 from .attention import fuse_attention
 from .base import Fused
 from .layers import KernelConv2d, KernelLinear
+from .registry import FUSERS
 
 
 def _take_conv2d(layer: PackedConv2d) -> None:
@@ -16,8 +15,8 @@ def _take_conv2d(layer: PackedConv2d) -> None:
         KernelConv2d.replace_class(layer)
 
 
-# What becomes of a module of exactly this class, after its own parts were seen to. Models add their blocks.
-FUSERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
+# Model families add their blocks, with the decorator `registry.fuses`.
+FUSERS |= {
     PackedLinear: KernelLinear.replace_class,
     PackedConv2d: _take_conv2d,
     BinaryAttention: fuse_attention,

@@ -14,7 +14,7 @@ from ..kernels.sources import Source, Sources, tensors_of
 from ..kernels.weights import groups_are_large, takes_panels
 from ..observers import looked_on
 from .embeddings import BinaryEmbedding, Int8Embedding
-from .layers import BinaryConv2d, BinaryLinear, WeightedLayer, one_image, rescale, sign_product
+from .layers import BinaryConv2d, BinaryLinear, WeightedLayer, one_image, padding_of, rescale, sign_product
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
 from .state_forms import own_form
@@ -93,12 +93,19 @@ class _PackedWeight(_Packed):
         self.register_parameter("bias", nn.Parameter(torch.zeros(out, device=device)) if bias else None)
 
     @classmethod
-    def empty_like(cls, layer: WeightedLayer) -> "_PackedWeight":
-        """The packed form of `layer`, its bits still to be loaded."""
-        structure = (layer.input_levels, layer.binarize == "both", layer.weight_scaling, layer.weight.device)
+    def empty(
+        cls, layer: nn.Module, levels: SignedLevels | None, binary_inputs: bool, weight_scaling: str
+    ) -> "_PackedWeight":
+        """The packed form of a float or latent `layer`, its bits still to be loaded."""
+        structure = (levels, binary_inputs, weight_scaling, layer.weight.device)
         new = cls(*cls.geometry(layer), layer.bias is not None, *structure)
         new.bias, new.float_dtype = layer.bias, layer.weight.dtype
         return new
+
+    @classmethod
+    def empty_like(cls, layer: WeightedLayer) -> "_PackedWeight":
+        """The packed form of a latent `layer`, its bits still to be loaded."""
+        return cls.empty(layer, layer.input_levels, layer.binarize == "both", layer.weight_scaling)
 
     @classmethod
     def from_latent(cls, layer: WeightedLayer) -> "_PackedWeight":
@@ -278,7 +285,7 @@ class PackedConv2d(_PackedWeight, nn.Conv2d):
     @staticmethod
     def geometry(layer: nn.Conv2d) -> tuple:
         size = (layer.in_channels, layer.out_channels, layer.kernel_size)
-        return *size, layer.stride, layer.padding, layer.dilation, layer.groups
+        return *size, layer.stride, padding_of(layer), layer.dilation, layer.groups
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
