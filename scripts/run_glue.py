@@ -8,7 +8,7 @@
 The arguments have the names of transformers' example. `--binarize none` trains the float model (a teacher).
 """
 
-from hf_bnn.tasks.commandline import run
+from hf_bnn.tasks.commandline import exit_after
 from hf_bnn.tasks.text.run import main
 
 
@@ -18,4 +18,4 @@ def _mp_fn(index: int) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    exit_after(main)

@@ -11,7 +11,7 @@ it. Without a checkpoint, `--model_type vit|resnet --config_overrides "hidden_si
 `--binarize none` trains the float model (a teacher).
 """
 
-from hf_bnn.tasks.commandline import run
+from hf_bnn.tasks.commandline import exit_after
 from hf_bnn.tasks.images.run import main
 
 
@@ -21,4 +21,4 @@ def _mp_fn(index: int) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    exit_after(main)

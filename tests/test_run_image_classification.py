@@ -34,11 +34,12 @@ from transformers.utils import logging as transformers_logging
 from hf_bnn import BinaryViTForImageClassification, pack_
 from hf_bnn.nn.layers import binary_layers
 from hf_bnn.nn.packed import is_packed
+from hf_bnn.tasks import stages
 from hf_bnn.tasks.images import run as task
 from hf_bnn.tasks.images.arguments import ModelArguments, parse_overrides
-from hf_bnn.tasks.images.data import Collator
 from hf_bnn.tasks.images.inputs import SMALL_CONFIGS, check_small_images
-from hf_bnn.tasks.images.models import load_model, stored_config
+from hf_bnn.tasks.images.models import load_config, load_model
+from hf_bnn.tasks.images.pictures import Collator
 from hf_bnn.tasks.labels import Labels
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -414,7 +415,7 @@ SMALL_IMAGES = {
 @pytest.mark.parametrize(("model", "side", "message"), SMALL_IMAGES.values(), ids=SMALL_IMAGES)
 def test_small_images_in_a_model_for_photographs_are_told_what_to_choose(model: list[str], side: int, message: str):
     arguments = ModelArguments(model_type=model[0], config_overrides=model[1] if model[1:] else None)
-    config = stored_config(arguments)
+    config = load_config(arguments)
     with pytest.raises(ValueError, match=f"the images are at most {side} x {side} pixels, but .*{message}"):
         check_small_images(arguments, config, side)
     check_small_images(arguments, config, 200)
@@ -426,7 +427,7 @@ def test_what_is_advised_for_small_images_is_accepted():
     for kind, small in SMALL_CONFIGS.items():
         overrides = small.format(patch=4)
         arguments = ModelArguments(model_type=kind, config_overrides=overrides, image_size=32)
-        config = stored_config(arguments)
+        config = load_config(arguments)
         check_small_images(arguments, config, 32)
         model = load_model(arguments, config, Labels(NAMES, {}))
         assert sum(p.numel() for p in model.parameters()) < 1e6
@@ -577,7 +578,7 @@ def test_two_steps_are_resumed_in_either(
     run(*steps)
     whole = logits(load(tmp_path / "out"))
     other = tmp_path / "other"
-    train, called = script.train, []
+    train, called = stages.train, []
 
     def cut_off(trainer: Any, resume: str | None) -> dict[str, float]:
         called.append(Path(trainer.args.output_dir).name)
@@ -590,12 +591,12 @@ def test_two_steps_are_resumed_in_either(
         return train(trainer, resume)
 
     with monkeypatch.context() as patched:
-        patched.setattr(script, "train", cut_off)
+        patched.setattr(stages, "train", cut_off)
         with pytest.raises(KeyboardInterrupt):
             run(*steps, "--output_dir", other)
     trained: list[str] = []
     monkeypatch.setattr(
-        script, "train", lambda trainer, resume: (trained.append(str(resume)), train(trainer, resume))[1]
+        stages, "train", lambda trainer, resume: (trained.append(str(resume)), train(trainer, resume))[1]
     )
     run(*steps, "--output_dir", other, "--resume_from_checkpoint", "True")
     ends = {"first": ["other/first_step/checkpoint-2", "None"], "between": ["None"], "second": ["other/checkpoint-2"]}

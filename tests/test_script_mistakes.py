@@ -69,7 +69,7 @@ def failing(
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *given, *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            commandline.run(importlib.import_module(script).main)
+            commandline.exit_after(importlib.import_module(script).main)
         assert ended.value.code == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1

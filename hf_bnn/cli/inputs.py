@@ -161,7 +161,7 @@ def image_encoder(name: str, model: PreTrainedModel):
     with extras():
         from transformers import AutoImageProcessor
 
-        from ..tasks.images.data import picture
+        from ..tasks.images.pictures import picture
         from ..tasks.images.transforms import Preprocessing
     with one_line(name):
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)

@@ -15,9 +15,10 @@ import datasets
 import transformers
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, PreTrainedConfig
+from transformers import HfArgumentParser, PreTrainedConfig, set_seed
 
 from ..integrity import CorruptCheckpointError
+from ..training.allocator import keep_freed_memory
 from ..training.arguments import BinaryTrainingArguments
 from ..training.checkpoints import chosen_checkpoint
 from .errors import UsageError, exit_code
@@ -106,6 +107,14 @@ def set_up_logging(training: BinaryTrainingArguments, logger: logging.Logger) ->
     logger.debug(f"Training/evaluation parameters {training}")
 
 
+def set_up_process(training: BinaryTrainingArguments, logger: logging.Logger) -> None:
+    """Set up logging, the C allocator (on a CPU) and the seed, for the whole process."""
+    set_up_logging(training, logger)
+    if training.device.type == "cpu":
+        keep_freed_memory()
+    set_seed(training.seed)
+
+
 def checkpoint_to_resume(training: BinaryTrainingArguments) -> str | None:
     """The folder that Trainer.train goes on from, or None to start anew."""
     with user_errors():
@@ -126,8 +135,8 @@ def check_packed_structure(name: str, structure: dict[str, Any], stored: PreTrai
             )
 
 
-def run(main: Callable[[], object]) -> None:
-    """Run a script's `main`; what the user can set right ends it with one line and exit code 2, bad files with 1."""
+def exit_after(main: Callable[[], object]) -> None:
+    """Call a script's `main`. An error that the user can correct exits with code 2, a damaged file with 1."""
     try:
         main()
     except Exception as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,10 +16,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..errors import UsageError
 from ..labels import Labels
+from ..stages import PreparedSplit
 from .arguments import Arguments, ModelArguments, parse_overrides
-from .data import AugmentedPictures, Pictures, StreamedPictures, picture
+from .data import Splits, image_column
 from .models import load_processor, make_processor
-from .splits import Splits, image_column, measured
+from .pictures import AugmentedPictures, Pictures, StreamedPictures, picture
 from .streams import rows_per_turn
 from .transforms import Augmentation, Preprocessing, torchvision_transform
 
@@ -32,15 +34,7 @@ SMALL_CONFIGS = {
 }
 
 
-class Run(NamedTuple):
-    """What a run works with, beside its arguments: the same in both steps of --two_step."""
-
-    splits: Splits
-    labels: Labels
-    stored: PreTrainedConfig
-
-
-def find_processor(arguments: Arguments, splits: Splits, config: PreTrainedConfig) -> BaseImageProcessor:
+def load_or_make_processor(arguments: Arguments, splits: Splits, config: PreTrainedConfig) -> BaseImageProcessor:
     """The checkpoint's image processor, or one made for this data and model."""
     processor = load_processor(arguments.model)
     if processor is not None:
@@ -54,6 +48,12 @@ def find_processor(arguments: Arguments, splits: Splits, config: PreTrainedConfi
     plain = [0.5] * config.num_channels
     geometry = Preprocessing(make_processor(size, plain, plain), config.num_channels)
     return make_processor(size, *measured(np.stack([geometry.arranged(image) for image in images])))
+
+
+def measured(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of images `(n, channels, height, width)` whose white is 255."""
+    scaled = images.astype(np.float32) / 255
+    return [[round(float(x), 4) for x in values((0, 2, 3))] for values in (scaled.mean, scaled.std)]
 
 
 def check_small_images(model: ModelArguments, config: PreTrainedConfig, side: int) -> None:
@@ -110,29 +110,32 @@ def make_augmentation(arguments: Arguments, size: tuple[int, int]) -> Augmentati
     )
 
 
-def make_datasets(arguments: Arguments, found: Run, preprocessing: Preprocessing) -> dict[str, Any]:
-    """The splits as Trainer takes them."""
+def make_datasets(
+    arguments: Arguments, splits: Splits, labels: Labels, preprocessing: Preprocessing
+) -> dict[str, PreparedSplit]:
+    """The splits, as Trainer takes them."""
     data, training = arguments.data, arguments.training
     augmentation = make_augmentation(arguments, preprocessing.size)
     result = {}
-    for split, rows in found.splits.items():
+    for split, rows in splits.items():
         columns = (image_column(data, rows), None if split == "test" else data.label_column_name)
-        given = (rows, split, *columns, found.labels.classes, preprocessing)
+        given = (rows, split, *columns, labels.classes, preprocessing)
         augmented = {"augmentation": augmentation, "seed": training.seed} if split == "train" else {}
         if isinstance(rows, Dataset):
             kind = AugmentedPictures if augmented else Pictures
-            result[split] = kind(*given, memory=data.images_in_memory_gb * 2**30, **augmented)
-            logger.info(f"{split}: {len(rows)} images, in memory: {result[split].kept is not None}")
+            images = kind(*given, memory=data.images_in_memory_gb * 2**30, **augmented)
+            logger.info(f"{split}: {len(rows)} images, in memory: {images.kept is not None}")
         else:
             buffer = {"shuffle_buffer": data.shuffle_buffer} if augmented else {}
             turn = rows_per_turn(training, endless=bool(augmented))
-            result[split] = StreamedPictures(*given, **augmented, **buffer, rows_per_turn=turn)
+            images = StreamedPictures(*given, **augmented, **buffer, rows_per_turn=turn)
             logger.info(f"{split}: streamed")
+        result[split] = PreparedSplit(images, partial(identifying_columns, arguments, rows))
     return result
 
 
-def prediction_inputs(arguments: Arguments, rows: Dataset) -> dict[str, Any]:
-    """What a table of predictions says about each image: its number, and its file if it has one."""
+def identifying_columns(arguments: Arguments, rows: Dataset) -> dict[str, Any]:
+    """The columns that identify each image in a table of predictions: its number, and its file if it has one."""
     column = image_column(arguments.data, rows)
     cells = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     paths = [(cell[column] or {}).get("path") for cell in cells]

@@ -28,7 +28,7 @@ from ...training.distillation import Distillation, head_of
 from ..commandline import check_packed_structure, user_errors
 from ..errors import UsageError
 from ..labels import Labels, check_same_order, set_labels
-from .arguments import ModelArguments
+from .arguments import Arguments, ModelArguments
 
 # What a config works out from its other fields, or says of weights that it was saved with.
 NOT_INHERITED = ("stage_names", "out_features", "out_indices", "model_type", "architectures", "weight_format")
@@ -62,7 +62,7 @@ def family_of(model_type: str) -> Family | None:
 # Configs
 
 
-def stored_config(model: ModelArguments) -> PreTrainedConfig:
+def load_config(model: ModelArguments) -> PreTrainedConfig:
     """The config of the checkpoint as it is, or for a model from scratch the one to start from."""
     name = model.model_name_or_path or model.config_name
     if name is not None:
@@ -189,10 +189,14 @@ def load_other(model: ModelArguments, stored: PreTrainedConfig, labels: Labels) 
 
 
 def load_teacher(
-    model: ModelArguments, student: PreTrainedModel, processor: BaseImageProcessor, hidden: bool
-) -> PreTrainedModel:
-    """The teacher. Raises UsageError if it cannot teach this student; `hidden`: by its hidden states too."""
+    arguments: Arguments, student: PreTrainedModel, processor: BaseImageProcessor
+) -> PreTrainedModel | None:
+    """The teacher, if one is named and there is training to do. Raises UsageError if it cannot teach this student."""
+    model = arguments.model
     name = model.teacher_model_name_or_path
+    if name is None or not arguments.training.do_train:
+        return None
+    hidden = arguments.training.distillation_hidden_weight > 0
     what = f"the teacher {name}"
     with user_errors(name):
         config = AutoConfig.from_pretrained(name, **model.hub)

@@ -9,7 +9,7 @@ from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
-from .data import StreamedPictures
+from .pictures import StreamedPictures
 
 
 class SharedStreams(Trainer):
