@@ -20,7 +20,8 @@ from transformers import (
     ViTForMaskedImageModeling,
 )
 
-from hf_bnn.training.distillation import Distillation, divergence, head_of, hidden_loss, problem_type
+from hf_bnn.training.distillation import Distillation, hidden_loss
+from hf_bnn.training.prediction_losses import divergence, head_of, problem_type
 
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

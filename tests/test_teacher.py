@@ -35,7 +35,8 @@ from hf_bnn import (
     BinaryViTForMaskedImageModeling,
     pack_,
 )
-from hf_bnn.training.distillation import Distillation, Outputs, head_of
+from hf_bnn.training.distillation import Distillation, Outputs
+from hf_bnn.training.prediction_losses import head_of
 from hf_bnn.training.teacher import TeacherCache, teacher_inputs
 
 NAMES = {"num_labels": 2, "id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .checked_trainer import CheckedTrainer
-from .distillation import Distillation, Outputs, head_of
+from .distillation import Distillation, Outputs
+from .prediction_losses import head_of
 from .teacher import TeacherCache, check_teacher, teacher_inputs
 
 DISTILLATION_WEIGHTS = ("distillation_labels_weight", "distillation_logits_weight", "distillation_hidden_weight")

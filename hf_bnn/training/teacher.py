@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distillation import CLASSIFICATION, TOKENS, Outputs, head_of
+from .distillation import Outputs
+from .prediction_losses import CLASSIFICATION, TOKENS, head_of
 
 WITHOUT_LOGITS = "or set distillation_logits_weight=0 to learn from its hidden states alone"
 

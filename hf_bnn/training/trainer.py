@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from accelerate.utils import send_to_device
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..convert import can_pack, has_fresh_levels, pack_
-from ..install import binary_fraction, install_method, load_method_state, method_state
+from ..convert import has_fresh_levels
+from ..install import binary_fraction, install_method
 from ..methods import Method, Step, make_method
-from ..model_card import completed, facts_of, without_paths
-from ..models.base import BinaryModelMixin
 from ..nn.layers import binary_layers
 from ..nn.packed import is_packed
 from .argument_checks import warn_of_recipe
@@ -36,6 +29,7 @@ from .loop import (
     split_groups,
     statistics,
 )
+from .packed_saving import PackedSaving
 from .precision import upcast_
 from .preparation import first_batch, prepare_, undisturbed_randomness
 from .taught_trainer import TaughtTrainer
@@ -43,8 +37,6 @@ from .trials import IndependentTrials
 from .uploads import PublicUploads
 
 logger = logging.get_logger(__name__)
-
-METHOD_STATE = "method_state.safetensors"
 
 
 class _MethodCallback(TrainerCallback):
@@ -67,7 +59,7 @@ class _MethodCallback(TrainerCallback):
         end_backward(self.trainer.bare_model, self.step)
 
 
-class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
+class BinaryTrainer(PackedSaving, PublicUploads, IndependentTrials, TaughtTrainer):
     """Trainer for a binary model: the same arguments, and two more.
 
     `method` (None: what `args.method` names) is installed into the model; `teacher_model`, if given, is distilled
@@ -98,7 +90,6 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
         self.teacher = teacher_model
         if model is not None:
             self.prepare_model(model)
-        self._writing_checkpoint = False
         self._hooked: torch.optim.Optimizer | None = None
         super().__init__(model, args, *positional, **kwargs)
         # Trap: BERT's and ResNet's heads take **kwargs but ignore num_items_in_batch; believed, they would be
@@ -261,80 +252,6 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
             for callback in self.callback_handler.callbacks:
                 if not isinstance(callback, ProgressCallback | PrinterCallback):
                     callback.on_log(self.args, self.state, self.control, logs=per_layer, model=self.model)
-
-    # Saving: checkpoint-N folders are latent and complete; the final model and what is pushed are packed.
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # push_to_hub calls this internally too, but for the final model: it names no folder.
-        self._writing_checkpoint = _internal_call and output_dir is not None
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            self._writing_checkpoint = False
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self._writing_checkpoint or not self.args.save_packed or not _can_pack(self.model):
-            super()._save(output_dir, state_dict)
-            own = method_state(self.bare_model)
-            if self._writing_checkpoint and self.args.should_save and own:
-                save_file({key: value.contiguous() for key, value in own.items()}, Path(output_dir) / METHOD_STATE)
-            return
-        trained = self.model
-        self.model = packed_copy(self.bare_model, state_dict, self.args.allow_unfinished)
-        try:
-            super()._save(output_dir)
-        finally:
-            self.model = trained
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        whole = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-        whole = whole or binary_fraction(self.bare_model) < 1
-        if whole or not self.args.save_packed or not self.is_world_process_zero() or not _can_pack(self.model):
-            super()._push_from_checkpoint(checkpoint_folder)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            packed_copy(self.bare_model).save_pretrained(folder)
-            super()._push_from_checkpoint(folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; what its draft leaves open is said of a binary model."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and isinstance(self.bare_model, BinaryModelMixin):
-            card = Path(self.args.output_dir) / "README.md"
-            facts = facts_of(self.bare_model, self.args.save_packed and _can_pack(self.model))
-            name = self.hub_model_id or Path(self.args.output_dir).absolute().name
-            said = [value for value in kwargs.values() if isinstance(value, str)]
-            sources = (*said, self.bare_model.config.name_or_path, self.args.output_dir)
-            draft = without_paths(card.read_text(encoding="utf-8"), sources)
-            card.write_text(completed(draft, facts, name), encoding="utf-8")
-
-    # Loading
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_method(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_method(self.state.best_model_checkpoint)
-
-    def _load_method(self, folder: str) -> None:
-        path = Path(folder) / METHOD_STATE
-        load_method_state(self.bare_model, load_file(path) if path.is_file() else {})
-
-
-def packed_copy(
-    model: nn.Module, state_dict: dict[str, Tensor] | None = None, allow_unfinished: bool = False
-) -> nn.Module:
-    """A packed model beside the latent one, which stays as it is. `state_dict`: gathered weights to take instead."""
-    twin = copy.deepcopy(model)
-    if state_dict:
-        twin.load_state_dict(state_dict)
-    return pack_(twin, allow_unfinished)
-
-
-def _can_pack(model: nn.Module) -> bool:
-    return not hasattr(model, "peft_config") and hasattr(model, "save_pretrained") and can_pack(model)
 
 
 @contextlib.contextmanager

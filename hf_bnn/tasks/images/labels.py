@@ -32,7 +32,7 @@ def read_labels(arguments: Arguments, splits: dict[str, Any], config: PreTrained
         if rows.features is None:
             splits[split] = rows._resolve_features()
     splits = {split: rows for split, rows in splits.items() if split != "test"}
-    if not splits:  # only to predict: the model knows its classes
+    if not splits:  # prediction alone: the model knows its classes
         if not trained:
             raise UsageError(
                 f"--do_predict needs a trained classifier, and {model or 'a model from scratch'} is none: give "

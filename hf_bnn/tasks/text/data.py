@@ -21,7 +21,7 @@ GLUE = "nyu-mll/glue"
 
 
 def used_splits(arguments: Arguments) -> dict[str, tuple[str, ...]]:
-    """The names of the splits that each of do_train, do_eval and do_predict works on."""
+    """The splits that do_train, do_eval and do_predict each use, by flag."""
     ends = ("_matched", "_mismatched") if arguments.data.task_name == "mnli" else ("",)
     splits = {
         "do_train": ("train",),
@@ -32,9 +32,9 @@ def used_splits(arguments: Arguments) -> dict[str, tuple[str, ...]]:
 
 
 def load_data(arguments: Arguments, config: PreTrainedConfig) -> tuple[dict[str, Split], Labels]:
-    """The splits that are used, without rows that cannot be, and their labels.
+    """The splits that the run uses, without unusable rows, and their labels.
 
-    Raises UsageError for a split that is missing or empty, and for rows with faults unless they may be dropped.
+    Raises UsageError for a missing or empty split, and for rows with faults unless --drop_empty_rows allows them.
     """
     used = used_splits(arguments)
     labelled = {name for flag, names in used.items() if flag != "do_predict" for name in names}
@@ -42,7 +42,7 @@ def load_data(arguments: Arguments, config: PreTrainedConfig) -> tuple[dict[str,
     data = arguments.data
     if data.task_name is None and data.dataset_name is None:
         if labelled and data.train_file is not None:
-            wanted["train"] = True  # it says which labels there are
+            wanted["train"] = True  # it defines the labels
         splits = {name: load_file(arguments, name, labels) for name, labels in wanted.items()}
     else:
         found = load_from_hub(arguments)
@@ -71,7 +71,7 @@ def load_from_hub(arguments: Arguments) -> DatasetDict:
 
 
 def check_split_names(used: dict[str, tuple[str, ...]], found: DatasetDict) -> None:
-    """Raise UsageError if a split that is used is not among those found."""
+    """Raise UsageError if the run uses a split that the dataset lacks."""
     for flag, names in used.items():
         missing = [name for name in names if name not in found]
         if missing:
@@ -79,14 +79,14 @@ def check_split_names(used: dict[str, tuple[str, ...]], found: DatasetDict) -> N
 
 
 def load_file(arguments: Arguments, name: str, labelled: bool) -> Split:
-    """The split of this name, from its file."""
+    """The split of this name, read from its file."""
     data, model = arguments.data, arguments.model
     path = data.files[name]
     kind = file_kind(name, path)
     logger.info(f"{name}: {path}")
     if kind != "parquet":
         return from_table(name, path, read_table(path, kind), data, labelled)
-    # Each file by itself: a test file has no labels, and one call would demand the same columns of all.
+    # One file per call: a test file has no labels, but files in one call must have the same columns.
     hub = {"cache_dir": model.cache_dir, "token": model.token}
     try:
         rows = load_dataset("parquet", data_files=path, split="train", **hub)

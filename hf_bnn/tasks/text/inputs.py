@@ -86,14 +86,14 @@ def tokenized(
     columns: tuple[str, ...],
     max_length: int,
 ) -> Dataset:
-    """Token ids in place of the texts, from the cache if they have been computed before."""
+    """The rows with token ids in place of their texts. Reads them from the cache if it has them."""
     data = arguments.data
     given = {"tokenizer": tokenizer, "columns": columns, "max_length": max_length, "pad": data.pad_to_max_length}
-    # Without declared types a column keeps that of one of the same name, and numbers become strings.
+    # Without declared types, a new column takes the type of an old one of the same name: numbers become strings.
     names = tokenizer(*(["a"] for _ in columns))
     types = {name: ListOf(Value("int8" if name in SHORT_INTEGERS else "int32")) for name in names}
     cache = None
-    if not rows.cache_files:  # datasets caches only what comes from its own files
+    if not rows.cache_files:  # datasets only caches rows that come from its own files
         folder = Path(arguments.model.cache_dir or datasets.config.HF_DATASETS_CACHE) / "run_glue"
         folder.mkdir(parents=True, exist_ok=True)
         cache = str(folder / f"{rows._fingerprint}-{Hasher.hash(given)}.arrow")
@@ -116,13 +116,13 @@ def tokenize(
     max_length: int,
     pad: bool,
 ) -> dict[str, list[Any]]:
-    """A batch of examples, for `Dataset.map`."""
+    """Tokenizes a batch of examples, for `Dataset.map`."""
     texts = [rows[column] for column in columns]
     return dict(tokenizer(*texts, padding="max_length" if pad else False, max_length=max_length, truncation=True))
 
 
 def with_targets(tokens: Dataset, split: Split, labels: Labels) -> Dataset:
-    """The tokens and, as `labels`, what the loss takes."""
+    """The tokens with the loss's targets as the column `labels`."""
     kept = range(len(split.rows)) if split.indices is None else split.indices
     targets = [labels.target(split.labels[row]) for row in kept[: len(tokens)]]
     kind = Value("float32" if labels.regression or labels.multi_label else "int64")

@@ -1,4 +1,4 @@
-"""The models of run_glue.py: from a checkpoint, and a teacher."""
+"""Loads the model of a text run and its teacher."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .arguments import Arguments, ModelArguments
 
 
 def has_trained_head(config: PreTrainedConfig) -> bool:
-    """Whether the checkpoint of this config is a classifier already."""
+    """Whether the checkpoint of this config is a trained classifier."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def load_config(model: ModelArguments) -> PreTrainedConfig:
-    """The config of the checkpoint as it is."""
+    """The config stored with the checkpoint."""
     name = model.config_name or model.model_name_or_path
     with user_errors(name):
         return AutoConfig.from_pretrained(name, revision=model.model_revision, **model.hub)
 
 
 def load_model(model: ModelArguments, stored: PreTrainedConfig, labels: Labels) -> PreTrainedModel:
-    """The model with the head that the labels need: float if `--binarize none`, else latent, or packed as it is.
+    """The model, with a head for these labels: float for `--binarize none`, packed if the checkpoint is, else latent.
 
-    In float32 whatever the checkpoint's type: updates of latent weights are far smaller than bfloat16's steps.
+    Always in float32: updates of latent weights are far smaller than bfloat16's steps.
     """
     loading = {
         "revision": model.model_revision,
@@ -52,7 +52,7 @@ def load_model(model: ModelArguments, stored: PreTrainedConfig, labels: Labels) 
 
 
 def load_teacher(arguments: Arguments, student: PreTrainedModel) -> PreTrainedModel | None:
-    """The teacher, if one is named and there is training to do. Raises UsageError if it cannot teach this student."""
+    """The teacher; None if none is named or nothing is trained. Raises UsageError if it cannot teach this student."""
     name = arguments.model.teacher_model_name_or_path
     if name is None or not arguments.training.do_train:
         return None
