@@ -11,6 +11,7 @@ _NN = "activations attention embeddings layers levels packed products scalar_lev
 _TRAINING = "trainer checked_trainer preparation checkpoints precision batch_norm distillation teacher allocator"
 MOVED = {f"hf_bnn.{name}": f"hf_bnn.nn.{name}" for name in _NN.split()}
 MOVED |= {f"hf_bnn.{name}": f"hf_bnn.training.{name}" for name in _TRAINING.split()}
+MOVED |= {"hf_bnn.tasks.images.splits": "hf_bnn.tasks.images.data"}
 MOVED |= {"hf_bnn.training_arguments": "hf_bnn.training.arguments", "hf_bnn.quantizer": "hf_bnn.models.plug_in"}
 
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from datasets import disable_progress_bars, enable_progress_bars
 from datasets.utils.logging import get_verbosity, set_verbosity
+from image_runs import save_vit, table, write_folder, write_parquet
 from test_run_glue import rows, save_bert, write
-from test_run_image_classification import save_vit, table, write_folder, write_parquet
 from transformers.utils import logging as transformers_logging
 
 from hf_bnn import BinaryViTForImageClassification, pack_

@@ -1,4 +1,4 @@
-"""Losses between a student and its teacher, chosen by what the student's head predicts. Needs torch only."""
+"""Distillation: the losses between a student's outputs and its teacher's. Needs torch only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STACKS = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 
 
 class Outputs(NamedTuple):
-    """What is compared of a model's outputs: the predictions by name, and each stack's hidden states by name.
+    """The outputs of a model that are compared: predictions by name, and hidden states by the name of their stack.
 
     Hidden states are `(batch, tokens, dim)`, or feature maps, of the embeddings and of each layer. `per_token`:
     predictions are `(batch, tokens, ...)`.
@@ -39,11 +39,11 @@ class Outputs(NamedTuple):
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """Mean over layers of the MSE between hidden states, over the teacher's variance; padded tokens do not count.
+    """The MSE between hidden states divided by the teacher's variance, averaged over layers. Padding does not count.
 
-    A student of fewer layers is held against evenly spaced layers of the teacher. `mask` is `(batch, tokens)`, of a
-    multiple choice `(batch, choices, tokens)`. The states may also be feature maps, `(batch, channels, height, width)`.
-    Raises ValueError where the shapes differ.
+    A student with fewer layers is compared with evenly spaced layers of the teacher. `mask` is `(batch, tokens)`, for
+    a multiple choice `(batch, choices, tokens)`. The states may also be feature maps,
+    `(batch, channels, height, width)`. Raises ValueError if the shapes differ.
     """
     if student[0].shape[-1] != teacher[0].shape[-1]:
         raise ValueError(
@@ -73,7 +73,7 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
 
 
 def _stack_mask(stack: str, states: Sequence[Tensor], inputs: Inputs) -> Tensor | None:
-    """Which tokens of a stack of layers are real."""
+    """The mask of real tokens for a stack of layers."""
     if stack == "decoder_hidden_states":
         mask, labels = tensor_of(inputs, "decoder_attention_mask"), tensor_of(inputs, "labels")
         if mask is None and labels is not None and labels.shape == states[0].shape[:2]:
@@ -84,7 +84,7 @@ def _stack_mask(stack: str, states: Sequence[Tensor], inputs: Inputs) -> Tensor 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a student learns from a teacher's predictions and hidden states. `head`, `config`: the student's.
+    """How a student learns from a teacher's predictions and hidden states. `head` and `config` are the student's.
 
     >>> distillation = Distillation(logits_weight=1.0, hidden_weight=0.0)
     >>> batch = {"x": torch.zeros(2, 8)}
@@ -100,7 +100,7 @@ class Distillation:
     config: Any = None
 
     def read(self, output: Any, inputs: Inputs, whose: str = "teacher") -> Outputs:
-        """What the losses need of a model's output. Raises ValueError if it is not there."""
+        """The parts of a model's output that the losses need. Raises ValueError if one is missing."""
         get = output.get if isinstance(output, Mapping) else partial(getattr, output)
         predictions, hidden, per_token = {}, {}, False
         if self.logits_weight > 0:
@@ -123,7 +123,7 @@ class Distillation:
         return Outputs(predictions, hidden, per_token)
 
     def loss(self, student: Outputs, teacher: Outputs, inputs: Inputs) -> Tensor:
-        """The weighted sum of both losses. Raises ValueError where the two models' outputs cannot be compared."""
+        """The weighted sum of both losses. Raises ValueError if the two models' outputs cannot be compared."""
         losses = []
         if self.logits_weight > 0:
             losses.append(self.logits_weight * self.prediction_loss(student.predictions, teacher.predictions, inputs))
@@ -132,7 +132,7 @@ class Distillation:
         return sum(losses, torch.zeros((), device=inputs_device(inputs)))
 
     def prediction_loss(self, student: dict[str, Tensor], teacher: dict[str, Tensor], inputs: Inputs) -> Tensor:
-        """The mean over the real predictions of how far the student's are from the teacher's."""
+        """The mean distance between the student's and the teacher's predictions, without padding."""
         losses = []
         for name, own in student.items():
             if own.shape != teacher[name].shape:

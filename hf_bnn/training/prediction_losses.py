@@ -24,25 +24,25 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 
 
 def label_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(teacher || student) of each label, which is true or not whatever the others are. Same shape."""
+    """T^2 KL(teacher || student) of each label, independent of the other labels. Same shape as the input."""
     student, teacher = student.float() / temperature, teacher.float() / temperature
     p = teacher.sigmoid()
-    # The cross-entropy of the student less the teacher's own: 0 where they agree.
+    # The student's cross-entropy minus the teacher's own: 0 where they agree.
     cross = F.binary_cross_entropy_with_logits(student, p, reduction="none")
     own = F.binary_cross_entropy_with_logits(teacher, p, reduction="none")
     return (cross - own) * temperature**2
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean of the values where the mask is true; 0 if it is nowhere."""
+    """The mean of the values where the mask is true; 0 if it is true nowhere."""
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
 
 
-# What counts as a prediction. All masks are True where there is one.
+# Which positions count as predictions: the masks are True there.
 
 
 def _real(inputs: Inputs, shape: torch.Size, labels: Tensor | None, masks: Sequence[Tensor | None]) -> Tensor:
-    """Which predictions of this shape count, by the labels and the masks that there are."""
+    """The mask of predictions of this shape that count, from the labels and masks that exist."""
     given = [labels.ne(IGNORED) if labels is not None else None, *(m if m is None else m.ne(0) for m in masks)]
     given = [mask for mask in given if mask is not None]
     fitting = [mask for mask in given if mask.shape == shape]
@@ -83,7 +83,7 @@ def _next_tokens(student: Tensor, teacher: Tensor, inputs: Inputs, temperature: 
     labels = _next(tensor_of(inputs, "labels"), IGNORED) if shifted is None else shifted
     real = _real(inputs, student.shape[:-1], labels, [mask, _next(mask, 0)])
     if shifted is None:
-        real[:, -1] = False  # what follows the last token is not in the data
+        real[:, -1] = False  # the data does not contain the last token's successor
     return masked_mean(divergence(student, teacher, temperature), real)
 
 
@@ -94,7 +94,7 @@ def _target_tokens(student: Tensor, teacher: Tensor, inputs: Inputs, temperature
 
 
 def _spans(student: Tensor, teacher: Tensor, inputs: Inputs, temperature: float) -> Tensor:
-    """The tokens are the classes here; those of padding are out of the question."""
+    """The loss of a span's start or end: the classes are the tokens, without padding."""
     real = _real(inputs, student.shape, None, [tensor_of(inputs, "attention_mask")])
     never = torch.finfo(torch.float32).min * min(1.0, temperature)
     student, teacher = (torch.where(real, logits.float(), never) for logits in (student, teacher))
@@ -102,7 +102,7 @@ def _spans(student: Tensor, teacher: Tensor, inputs: Inputs, temperature: float)
 
 
 def _pixels(student: Tensor, teacher: Tensor, inputs: Inputs, temperature: float) -> Tensor:
-    """The squared error of the pixels of masked patches, or of all pixels if none is masked."""
+    """The squared error over the pixels of masked patches, or over all pixels if none is masked."""
     error = (student.float() - teacher.float()) ** 2
     masked = tensor_of(inputs, "bool_masked_pos")
     if masked is None:
@@ -122,7 +122,7 @@ def _labels(student: Tensor, teacher: Tensor, inputs: Inputs, temperature: float
 
 
 def _values(student: Tensor, teacher: Tensor, inputs: Inputs, temperature: float) -> Tensor:
-    """The squared error; a temperature says nothing of values."""
+    """The squared error. The temperature does not apply to values."""
     return F.mse_loss(student.float(), teacher.float())
 
 
@@ -135,7 +135,7 @@ PROBLEMS: dict[str, Loss] = {
 
 @dataclass(frozen=True)
 class Head:
-    """What a model predicts: the names of its outputs, and their loss (None: it depends on the problem type)."""
+    """The predictions of a model: the names of its outputs, and their loss (None: it depends on the problem type)."""
 
     task: str
     loss: Loss | None = None
@@ -147,7 +147,7 @@ CLASSIFICATION = Head("classification")
 TOKENS = Head("token classification", _tokens, per_token=True)
 NEXT_TOKENS = Head("causal language modelling", _next_tokens, per_token=True)
 TARGET_TOKENS = Head("sequence to sequence", _target_tokens, per_token=True)
-HEADS = {  # by the ending of the class's name
+HEADS = {  # by the end of the class's name
     "ForSequenceClassification": CLASSIFICATION,
     "ForImageClassification": CLASSIFICATION,
     "ForAudioClassification": CLASSIFICATION,
@@ -165,21 +165,21 @@ HEADS = {  # by the ending of the class's name
 
 
 def head_of(model: nn.Module) -> Head | None:
-    """The head of a model, by the names of its class and of those that it comes from; None for an unknown one."""
+    """The head of a model, found by the name of its class or a base class. None for an unknown one."""
     model = getattr(model, "get_base_model", lambda: model)()  # without peft's wrapper
     for cls in type(model).__mro__:
         found = re.search(f"({'|'.join(HEADS)})(WithTeacher)?$", cls.__name__)
         if found is None:
             continue
         head = HEADS[found[1]]
-        # Llava and its like are named as encoder-decoders are, but go on with the text that they are given.
+        # Models like Llava have the class name of an encoder-decoder, but continue the text that they are given.
         decoder = head is TARGET_TOKENS and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         return NEXT_TOKENS if decoder else head
     return None
 
 
 def head_by_shape(logits: Tensor, inputs: Inputs) -> Head:
-    """The head of a class of one's own, from the logits that it puts out."""
+    """The head of a custom class, inferred from the shape of its logits."""
     described = [tensor_of(inputs, name) for name in ("labels", "attention_mask", "input_ids")]
     if logits.dim() == 2:
         return CLASSIFICATION
@@ -192,7 +192,7 @@ def head_by_shape(logits: Tensor, inputs: Inputs) -> Head:
 
 
 def problem_type(config: Any, logits: Tensor, labels: Tensor | None) -> str:
-    """What a classifier's logits `(batch, labels)` mean: config.problem_type; unless set, as transformers infers it."""
+    """The problem type of logits `(batch, labels)`: that of the config, else the one that transformers infers."""
     given = getattr(config, "problem_type", None)
     if given is not None:
         if given not in PROBLEMS:

@@ -18,7 +18,9 @@ from .labels import read_labels
 
 logger = logging.getLogger(__name__)
 
-Splits = dict[str, Any]  # "train", "validation" and "test" (without labels) -> Dataset, or IterableDataset of a stream
+Splits = dict[
+    str, Any
+]  # "train", "validation" and "test" (without labels) -> Dataset, or an IterableDataset for a stream
 EXTENSIONS = tuple(ImageFolder.EXTENSIONS)
 
 
@@ -32,7 +34,7 @@ def load_data(arguments: Arguments, config: PreTrainedConfig) -> tuple[Splits, L
 
 
 def load_splits(arguments: Arguments) -> Splits:
-    """The splits that are used, by what they are used for. Raises UsageError for one that is missing."""
+    """The splits that the run uses, by their use. Raises UsageError for a missing one."""
     data, training = arguments.data, arguments.training
     folder = {}
     if training.do_predict and data.test_dir is not None:
@@ -67,7 +69,7 @@ def load_splits(arguments: Arguments) -> Splits:
 
 
 def check_split_name(flag: str, split: str, found: Splits) -> None:
-    """Raise UsageError if the dataset has not the split that this argument works on."""
+    """Raise UsageError if the dataset lacks the split that this argument needs."""
     if split in found:
         return
     others = [name for name in found if name != "train"]
@@ -83,7 +85,7 @@ def check_split_name(flag: str, split: str, found: Splits) -> None:
 
 
 def load_folder(name: str) -> Dataset:
-    """The images in a folder and in the folders in it, by name, without labels."""
+    """The images in a folder and its subfolders, sorted by name, without labels."""
     folder = Path(name)
     if not folder.is_dir():
         raise UsageError(f"test_dir {name!r} is no folder")
@@ -94,9 +96,9 @@ def load_folder(name: str) -> Dataset:
 
 
 def limited(rows: Any, count: int | None, seed: int | None) -> Any:
-    """`count` of the rows, drawn by seed (folders of images are sorted by class); of a stream, the first ones.
+    """`count` rows, drawn by seed, since folders of images are sorted by class. None: all rows.
 
-    Without a seed too, the first ones.
+    Without a seed, or from a stream, these are the first rows.
     """
     if count is None:
         return rows
@@ -108,7 +110,7 @@ def limited(rows: Any, count: int | None, seed: int | None) -> Any:
 
 
 def load_all_splits(arguments: Arguments) -> DatasetDict | IterableDatasetDict:
-    """The splits as the Hub, the folder or the files name them."""
+    """All splits, with the names that the Hub, the folder or the files give them."""
     model, data = arguments.model, arguments.data
     hub = {"cache_dir": model.cache_dir, "token": model.token, "streaming": data.streaming}
     if data.dataset_name is None:
@@ -127,7 +129,7 @@ def load_all_splits(arguments: Arguments) -> DatasetDict | IterableDatasetDict:
 
 
 def check_class_folders(folders: dict[str, str]) -> None:
-    """Raise UsageError unless every folder has images in each of its folders, the classes, and none a class alone."""
+    """Raise UsageError unless every class folder holds images, and validation has no class that training lacks."""
     classes = {}
     for split, name in folders.items():
         folder = Path(name)
@@ -168,5 +170,5 @@ def image_column(data: DataTrainingArguments, rows: Any) -> str:
 
 
 def features_of(rows: Any) -> datasets.Features:
-    """The columns and their types; those of a stream may have to be found out."""
+    """The columns and their types. Those of a stream may have to be read from its first rows."""
     return rows.features or rows._resolve_features().features

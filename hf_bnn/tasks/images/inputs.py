@@ -1,4 +1,4 @@
-"""The images of run_image_classification.py as its model takes them."""
+"""Prepares the splits of an image run for Trainer: image processor, augmentation and datasets."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .transforms import Augmentation, Preprocessing, torchvision_transform
 
 logger = logging.getLogger(__name__)
 
-SMALL = 64  # pixels: up to here images are shifted rather than cropped, and taken as large as they are
-SAMPLE, STREAM_SAMPLE = 2000, 200  # images whose mean and standard deviation stand for all
+SMALL = 64  # pixels: up to this size, images are shifted rather than cropped, and are not resized
+SAMPLE, STREAM_SAMPLE = 2000, 200  # the number of images from which mean and standard deviation are estimated
 SMALL_CONFIGS = {
     "vit": "patch_size={patch},hidden_size=96,num_hidden_layers=3,num_attention_heads=3,intermediate_size=384",
     "resnet": "stem=cifar,layer_type=basic,embedding_size=16,hidden_sizes=[16,32,64],depths=[3,3,3]",
@@ -35,7 +35,7 @@ SMALL_CONFIGS = {
 
 
 def load_or_make_processor(arguments: Arguments, splits: Splits, config: PreTrainedConfig) -> BaseImageProcessor:
-    """The checkpoint's image processor, or one made for this data and model."""
+    """The checkpoint's image processor, or a new one for this data and model."""
     processor = load_processor(arguments.model)
     if processor is not None:
         return processor
@@ -51,15 +51,15 @@ def load_or_make_processor(arguments: Arguments, splits: Splits, config: PreTrai
 
 
 def measured(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, of images `(n, channels, height, width)` whose white is 255."""
+    """Mean and standard deviation per channel of images `(n, channels, height, width)` with values up to 255."""
     scaled = images.astype(np.float32) / 255
     return [[round(float(x), 4) for x in values((0, 2, 3))] for values in (scaled.mean, scaled.std)]
 
 
 def check_small_images(model: ModelArguments, config: PreTrainedConfig, side: int) -> None:
-    """Raise UsageError if images of at most `side` pixels go into a new model whose default is meant for photographs.
+    """Raise UsageError if images of at most `side` pixels meet a new model whose default size suits photographs.
 
-    They would be enlarged many times, or shrunk to a single pixel by the model's stem.
+    They would be enlarged many times, or reduced to a single pixel by the model's stem.
     """
     size, chosen = getattr(config, "image_size", None), model.structure
     kind = model.model_type or config.model_type
@@ -81,7 +81,7 @@ def check_small_images(model: ModelArguments, config: PreTrainedConfig, side: in
 
 
 def sample(arguments: Arguments, split: str, rows: Any, channels: int) -> list[Image.Image]:
-    """Images from all over a split; of a stream, the first ones."""
+    """Images spread evenly over a split. Of a stream, the first ones."""
     column = image_column(arguments.data, rows)
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     if isinstance(rows, Dataset):
@@ -94,7 +94,7 @@ def sample(arguments: Arguments, split: str, rows: Any, channels: int) -> list[I
 
 
 def make_augmentation(arguments: Arguments, size: tuple[int, int]) -> Augmentation:
-    """What training does to images that the model takes in this size."""
+    """The augmentation that training applies. `size`: height and width of the model's input."""
     data = arguments.data
     kind = data.augmentation
     if kind == "auto":
@@ -146,7 +146,7 @@ def identifying_columns(arguments: Arguments, rows: Dataset) -> dict[str, Any]:
 
 
 def check_size(config: PreTrainedConfig, preprocessing: Preprocessing) -> None:
-    """Raise UsageError if the processor's images are not of the size that the model takes."""
+    """Raise UsageError if the processor's images do not have the size that the model takes."""
     size = getattr(config, "image_size", None)
     expected = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if size is not None and preprocessing.size != expected:

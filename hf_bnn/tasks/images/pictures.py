@@ -1,4 +1,4 @@
-"""Datasets of pictures for Trainer: in memory, read when needed, or streamed; and the batches made of them."""
+"""Datasets of pictures for Trainer (in memory, read on demand, or streamed), and their batches."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .transforms import MODES, Augmentation, Preprocessing, keys, uniforms
 DECODER = datasets.Image()
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
-Item = dict[str, Any]  # pixels, label, and in training the key of what happened to it
+Item = dict[str, Any]  # pixels, label, and in training the key of its augmentation
 
 
 def picture(value: dict[str, Any] | None, channels: int, where: str) -> Image.Image:
-    """The picture in a cell of the image column, gray or RGB. Raises UsageError, naming it, if it cannot be read."""
+    """The picture in a cell of the image column, gray or RGB. Raises UsageError if it cannot be read."""
     if value is None:
         raise UsageError(f"{where} has no image: fill or drop it")
     try:
         path = value.get("path")
         if value.get("bytes") is None and path is not None and Path(path).is_file():
-            value = {"path": path, "bytes": Path(path).read_bytes()}  # Pillow leaves a file that it cannot read open
+            value = {"path": path, "bytes": Path(path).read_bytes()}  # Pillow does not close a file that it cannot read
         image = DECODER.decode_example(value)
     except UNREADABLE as error:
         name = f" ({path})" if path else ""
         raise UsageError(f"the image of {where}{name} cannot be read: {error}; replace or drop it") from error
-    if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
+    if image.mode.startswith("I;16"):  # Pillow would clip values above 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")
@@ -46,9 +46,9 @@ def picture(value: dict[str, Any] | None, channels: int, where: str) -> Image.Im
 
 
 class Pictures(Dataset):
-    """The images of a split as evaluation sees them, kept in memory if they take no more than `memory` bytes.
+    """The images of a split, prepared for evaluation. They are kept in memory if they take at most `memory` bytes.
 
-    `classes`: the model's class for each value in the label column. Without one (None) the items have no label.
+    `classes`: the model's class for each value in the label column. If `label_column` is None, items have no label.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Pictures(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        """The images `indices`: torch's DataLoader asks for a batch at once."""
+        """The images `indices`. torch's DataLoader requests a whole batch at once."""
         if self.labels is None:
             return [{"pixels": x} for x in self.arranged(indices)]
         return [{"pixels": x, "label": y} for x, y in zip(self.arranged(indices), self.labels[indices], strict=True)]
@@ -98,7 +98,7 @@ class Pictures(Dataset):
 
 
 class AugmentedPictures(Pictures):
-    """The images of a split as training sees them. `EpochCallback` tells it the epoch."""
+    """The images of a split with augmentation, for training. `EpochCallback` sets the epoch."""
 
     def __init__(self, *args: Any, augmentation: Augmentation, seed: int, memory: float = 0, **kwargs: Any):
         super().__init__(*args, memory=memory if augmentation.whole else 0, **kwargs)
@@ -119,7 +119,7 @@ class AugmentedPictures(Pictures):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the training images the epoch. (accelerate's `set_epoch` does not reach the dataset of a resumed run.)"""
+    """Sets the epoch of the training images. accelerate's `set_epoch` does not reach the dataset of a resumed run."""
 
     def __init__(self, images: AugmentedPictures):
         self.images = images
@@ -129,9 +129,9 @@ class EpochCallback(TrainerCallback):
 
 
 class StreamedItem(Mapping):
-    """The item of a streamed row, decoded when it is first read: by the collator, in the process that needs it.
+    """The item of a streamed row. It is decoded when the collator first reads it, in the process that needs it.
 
-    Every rank and worker is given all rows and keeps its own; it must not decode the images of the others.
+    Every rank and worker receives all rows and keeps its own. It must not decode the images of the others.
     """
 
     def __init__(self, decode: Callable[[], Item]):
@@ -151,16 +151,16 @@ class StreamedItem(Mapping):
         return len(self.item)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (self.item,)  # decoded before it goes to another process
+        return dict, (self.item,)  # decoded before it is sent to another process
 
 
 class StreamedPictures(IterableDataset):
-    """The images of a streamed split; for training (`augmentation` given) shuffled, without end: epoch after epoch.
+    """The images of a streamed split. For training (`augmentation` is given), it is shuffled and endless.
 
-    Without end, because Trainer cannot go on in the second epoch of a dataset that does not know its length.
-    All workers read the same sequence of rows, and each keeps every n-th turn of `rows_per_turn` rows, so that a
-    DataLoader whose batches are turns yields the sequence itself, whatever the number of workers or shards. datasets
-    would share out whole shards: those who have fewer rows would be in the next epoch before the others.
+    It is endless because Trainer cannot start a second epoch of a dataset of unknown length. All workers read the same
+    sequence of rows, and of n workers each keeps every n-th turn of `rows_per_turn` rows. A DataLoader whose batches
+    are turns therefore yields the original sequence, for any number of workers or shards. datasets would distribute
+    whole shards: workers with fewer rows would start the next epoch before the others.
     """
 
     def __init__(
@@ -181,21 +181,21 @@ class StreamedPictures(IterableDataset):
         self.split, self.columns, self.classes = split, (image_column, label_column), classes
         self.preprocessing, self.augmentation, self.seed = preprocessing, augmentation, seed
         self.rows_per_turn = rows_per_turn
-        self.count = torch.zeros((), dtype=torch.int64).share_memory_()  # rows of an epoch, known to whoever ends one
+        self.count = torch.zeros((), dtype=torch.int64).share_memory_()  # rows of an epoch, set at its end
 
     @property
     def endless(self) -> bool:
-        """Whether it is for training."""
+        """Whether the split is for training."""
         return self.augmentation is not None
 
     def __iter__(self) -> Iterator[StreamedItem]:
         worker = get_worker_info()
         workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
-        position = 0  # over all epochs: their last turns are not always whole
+        position = 0  # over all epochs: their last turns may be incomplete
         for epoch in itertools.count():
             self.rows.set_epoch(epoch)
             before = position
-            # iter, unlike __iter__, leaves it to us to share out the rows among the workers
+            # unlike __iter__, iter does not distribute the rows among the workers
             for index, batch in enumerate(self.rows.iter(1)):
                 if position // self.rows_per_turn % workers == own:
                     yield self.item(epoch, index, *(batch[column][0] for column in self.columns))
@@ -214,7 +214,7 @@ class StreamedPictures(IterableDataset):
         return StreamedItem(partial(self.decoded, epoch, index, value, label, where))
 
     def decoded(self, epoch: int, index: int, value: dict[str, Any], label: Any, where: str) -> Item:
-        """What the item of a row holds."""
+        """The content of the item of a row."""
         image = picture(value, self.preprocessing.channels, where)
         if self.augmentation is None:
             return {"pixels": self.preprocessing.arranged(image), "label": self.classes[label]}
@@ -229,10 +229,10 @@ class StreamedPictures(IterableDataset):
 
 
 class Collator:
-    """A batch of items as the model takes it.
+    """Collates items to a batch for the model.
 
-    `mixup_alpha`, of training items only: each image is mixed with another, their share drawn from Beta(alpha, alpha)
-    (arXiv 1710.09412); the labels are then shares of the classes, `(n, count)`.
+    `mixup_alpha` applies to training items only. It mixes each image with another, with a share drawn from
+    Beta(alpha, alpha) (mixup, arXiv 1710.09412). The labels are then shares of the classes, `(n, count)`.
     """
 
     def __init__(self, preprocessing: Preprocessing, count: int, mixup_alpha: float = 0.0):
