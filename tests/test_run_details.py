@@ -169,7 +169,7 @@ def test_heads_whose_predictions_are_of_tokens_say_so():
     ("output", "said"), [({"scores": 1}, r"only \['scores'\]"), (SimpleNamespace(scores=1), "only SimpleNamespace")]
 )
 def test_a_missing_output_is_named_with_those_that_are_there(output: object, said: str):
-    with pytest.raises(ValueError, match=f"the student puts out no 'logits', {said}: take a model"):
+    with pytest.raises(ValueError, match=f"the student returns no 'logits', {said}: take a model"):
         Distillation(1.0, 0.0).read(output, {}, "student")
 
 

@@ -49,7 +49,7 @@ def refuse_empty(dataset: object, name: str) -> None:
     for part, found in dataset.items() if isinstance(dataset, dict) else ((None, dataset),):
         if isinstance(found, Sized) and not isinstance(found, str) and len(found) == 0:
             where = name if part is None else f"{name}[{part!r}]"
-            raise ValueError(f"{where} is empty: expected at least one row; look at what its rows were filtered by")
+            raise ValueError(f"{where} is empty: expected at least one row; check how its rows were filtered")
 
 
 def warn_of_recipe(model: nn.Module, learning_rate: float, has_teacher: bool) -> None:
@@ -65,8 +65,8 @@ def warn_of_recipe(model: nn.Module, learning_rate: float, has_teacher: bool) ->
 @cache
 def _warn_of_rate(learning_rate: float) -> None:
     logger.warning(
-        f"learning_rate={learning_rate} suits float models: at it the latent weights of a binary one hardly change "
-        "their signs. 1e-3 is a good first choice"
+        f"learning_rate={learning_rate} suits float models. The latent weights of a binary model hardly change "
+        "their signs at this rate. 1e-3 is a good first choice"
     )
 
 

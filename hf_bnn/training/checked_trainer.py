@@ -45,7 +45,7 @@ class CheckedTrainer(ResumableTrainer):
                 "the whole model, as under DistributedDataParallel. Leave it out, or train on GPUs"
             )
         if self.accelerator.mixed_precision == "fp16" and self.args.device.type == "cpu":
-            logger.warning("fp16 has no effect on a CPU: the model is trained in float32. bf16=True has one")
+            logger.warning("fp16 has no effect on a CPU: the model is trained in float32. bf16=True has an effect")
 
     def train(self, *args: Any, **kwargs: Any):
         try:
@@ -55,8 +55,8 @@ class CheckedTrainer(ResumableTrainer):
         share_statistics_(self.bare_model)
         if output.global_step == 0:
             raise ValueError(
-                f"no step was made: the train_dataset, a {type(self.train_dataset).__name__}, gave not a single batch. "
-                "The model is as it was"
+                f"no step was made: the train_dataset, a {type(self.train_dataset).__name__}, yielded no batch. "
+                "The model is unchanged"
             )
         return output
 

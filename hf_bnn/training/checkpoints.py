@@ -47,7 +47,7 @@ def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
         try:
             verify_checkpoint(path)
         except CorruptCheckpointError as error:
-            logger.warning(f"{path} is passed over, and steps that were made are made again: {error}")
+            logger.warning(f"{path} is skipped, and its steps will be repeated: {error}")
         else:
             return str(path)
     return None

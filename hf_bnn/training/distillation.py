@@ -64,7 +64,7 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
         if mask is not None:
             if mask.shape != own.shape[:2]:
                 raise ValueError(
-                    f"the hidden states are {tuple(own.shape)}, the mask {tuple(mask.shape)}: nothing tells which of "
+                    f"the hidden states are {tuple(own.shape)}, the mask {tuple(mask.shape)}: it is unclear which of "
                     "them are padding; set distillation_hidden_weight=0"
                 )
             own, other = own[mask], other[mask]
@@ -110,7 +110,7 @@ class Distillation:
                 if not isinstance(value, Tensor):
                     names = list(output) if isinstance(output, Mapping) else type(output).__name__
                     raise ValueError(
-                        f"the {whose} puts out no {name!r}, only {names}: take a model with the student's head, or set "
+                        f"the {whose} returns no {name!r}, only {names}: take a model with the student's head, or set "
                         "distillation_logits_weight=0"
                     )
                 predictions[name] = value
@@ -119,7 +119,7 @@ class Distillation:
             stacks = {name: get(name, None) for name in STACKS}
             hidden = {name: tuple(states) for name, states in stacks.items() if states is not None}
             if not hidden:
-                raise ValueError(f"the {whose} puts out no hidden states: set distillation_hidden_weight=0")
+                raise ValueError(f"the {whose} returns no hidden states: set distillation_hidden_weight=0")
         return Outputs(predictions, hidden, per_token)
 
     def loss(self, student: Outputs, teacher: Outputs, inputs: Inputs) -> Tensor:
@@ -148,7 +148,7 @@ class Distillation:
     def _hidden_loss(student: dict[str, tuple], teacher: dict[str, tuple], inputs: Inputs) -> Tensor:
         if student.keys() != teacher.keys():
             raise ValueError(
-                f"the teacher puts out {list(teacher)}, the student {list(student)}: set distillation_hidden_weight=0"
+                f"the teacher returns {list(teacher)}, the student {list(student)}: set distillation_hidden_weight=0"
             )
         losses = [
             hidden_loss(own, teacher[name], _stack_mask(name, own, inputs)) * len(own) for name, own in student.items()

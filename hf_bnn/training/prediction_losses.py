@@ -49,7 +49,8 @@ def _real(inputs: Inputs, shape: torch.Size, labels: Tensor | None, masks: Seque
     if given and not fitting:
         raise ValueError(
             f"the model makes predictions of shape {tuple(shape)}, but its labels and masks are of "
-            f"{[tuple(mask.shape) for mask in given]}: nothing tells which count. Set distillation_logits_weight=0"
+            f"{[tuple(mask.shape) for mask in given]}: it is unclear which predictions count. Set "
+            "distillation_logits_weight=0"
         )
     real = torch.ones(shape, dtype=torch.bool, device=inputs_device(inputs))
     for mask in fitting:
@@ -186,7 +187,7 @@ def head_by_shape(logits: Tensor, inputs: Inputs) -> Head:
     if logits.dim() == 3 and any(given is not None and given.shape == logits.shape[:2] for given in described):
         return TOKENS
     raise ValueError(
-        f"nothing tells what logits of shape {tuple(logits.shape)} predict: name the model's class after its task, as "
+        f"it is unclear what logits of shape {tuple(logits.shape)} predict: name the model's class after its task, as "
         f"transformers does ({', '.join(list(HEADS)[:3])}, ...), or set distillation_logits_weight=0"
     )
 

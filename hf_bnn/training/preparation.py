@@ -68,7 +68,7 @@ def _read(dataset: Dataset, collate: Callable[[list], Any], size: int, workers: 
     else:
         batch = next(iter(DataLoader(dataset, size, collate_fn=collate)), None) if len(dataset) else None
     if batch is None:
-        raise ValueError("train_dataset is empty: expected at least one row; look at what its rows were filtered by")
+        raise ValueError("train_dataset is empty: expected at least one row; check how its rows were filtered")
     return (dict(batch) if isinstance(batch, Mapping) else batch), dataset
 
 

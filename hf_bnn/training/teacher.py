@@ -60,7 +60,7 @@ def _check_head(teacher: nn.Module, student: nn.Module) -> None:
     name = type(teacher).__name__
     if theirs is None and name.endswith("Model") and getattr(teacher, "base_model", None) is teacher:
         raise ValueError(
-            f"the teacher, a {name}, has no head: it puts out no logits. Take one that was trained for the task, "
+            f"the teacher, a {name}, has no head: it returns no logits. Take one that was trained for the task, "
             f"{WITHOUT_LOGITS}"
         )
     for model, head, whose in ((student, own, "student"), (teacher, theirs, "teacher")):
