@@ -18,9 +18,9 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_bnn.tasks.images import data as image_data
-from hf_bnn.tasks.images.data import Collator, StreamedItem, StreamedPictures
+from hf_bnn.tasks.images import pictures as image_data
 from hf_bnn.tasks.images.models import make_processor
+from hf_bnn.tasks.images.pictures import Collator, StreamedItem, StreamedPictures
 from hf_bnn.tasks.images.streams import rows_per_turn
 from hf_bnn.tasks.images.transforms import Augmentation, Preprocessing
 

@@ -19,8 +19,8 @@ import torch
 import update_readme
 from datasets import Dataset
 from fake_hub import FakeHub
+from image_runs import parquet, table
 from test_run_glue import save_bert
-from test_run_image_classification import parquet, table
 from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,

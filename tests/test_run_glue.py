@@ -615,7 +615,7 @@ def test_a_user_error_is_one_line_and_exit_code_two(
     given = ["--model_name_or_path", "x", "--task_name", "sst3", "--do_train", "--use_cpu", "--output_dir", "out"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
     with pytest.raises(SystemExit) as ended:
-        commandline.run(run_glue.main)
+        commandline.exit_after(run_glue.main)
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("run_glue.py: error: unknown task 'sst3'; known tasks: cola, mnli")
