@@ -464,14 +464,14 @@ def samples() -> dict[str, tuple]:
     hidden = (weight.data, scale, offset, -1.0, 0.5)
     return {
         "linear": (x, weight.data, scale, offset, 0.5, None),
-        "linear with scaled rows": (x, weight.data, scale, offset, 0.5, None, torch.rand(2, 5)),
+        "linear with thresholds": (x, weight.data, scale, offset, 0.0, torch.randn(70)),
         "linear_weight_only": (x, weight.data, scale, None),
         "conv2d": (images, kernel.data, kernel.corners, torch.rand(32), torch.rand(32), None, *geometry, 0.0, None),
         "ffn": (x, *hidden, second.data, torch.rand(4), None),
     }
 
 
-every_op = pytest.mark.parametrize("name", ["linear", "linear with scaled rows", "linear_weight_only", "conv2d", "ffn"])
+every_op = pytest.mark.parametrize("name", ["linear", "linear with thresholds", "linear_weight_only", "conv2d", "ffn"])
 
 
 @every_op
@@ -491,20 +491,21 @@ def test_an_op_passes_opcheck_and_equals_its_reference(backend: str, name: str):
 @every_backend
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (3, 70)])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_rows_have_scales_of_their_own(backend: str, rows: tuple[int, ...], threads: int, wants_threads: None):
+def test_outputs_have_scales_and_offsets_of_their_own(
+    backend: str, rows: tuple[int, ...], threads: int, wants_threads: None
+):
     torch.set_num_threads(threads)
     x, w, scale, offset = torch.randn(*rows, 33), torch.randn(50, 33), torch.rand(50), torch.randn(50)
-    row_scale = torch.randn(rows)
-    for added in (None, offset):
-        found = kernels.linear(x, linear_weight(w), scale, added, row_scale=row_scale)
-        sums = kernels.linear(x, linear_weight(w), torch.ones(50))
-        expected = sums * scale * row_scale.unsqueeze(-1)
-        assert torch.equal(found, expected if added is None else expected + added)
+    sums = (signs(x) @ signs(w).T).float()
+    assert torch.equal(kernels.linear(x, linear_weight(w), scale), sums * scale)
+    assert torch.equal(kernels.linear(x, linear_weight(w), scale, offset), sums * scale + offset)
 
 
-def test_there_must_be_a_scale_for_each_row():
-    with pytest.raises(ValueError, match=r"row_scale has shape \(5,\): expected \(4,\), one per row"):
-        kernels.linear(torch.randn(4, 8), linear_weight(torch.randn(3, 8)), torch.ones(3), row_scale=torch.ones(5))
+def test_the_schemas_of_exported_programs_stay_what_they_were():
+    assert str(torch.ops.hf_bnn.linear.default._schema) == (
+        "hf_bnn::linear(Tensor x, Tensor weight, Tensor scale, Tensor? offset=None, float threshold=0., "
+        "Tensor? thresholds=None) -> Tensor"
+    )
 
 
 class Pipeline(torch.nn.Module):

@@ -14,7 +14,7 @@ from .operands import (
     like_inputs,
     linear_plan,
     parts_of,
-    run,
+    run_plan,
     runs_compiled,
     split_threshold,
 )
@@ -65,7 +65,7 @@ def _ffn(
         return reference.ffn(x, *layers, threshold, thresholds)
     size, level = x.shape[-1], Threshold(x, threshold, thresholds)
     plan = _plan(chosen, size, first, first_scale, first_offset, low, high, second, second_scale, second_offset, level)
-    return run("hf_bnn_ffn", plan, x, out, hidden * (size + out))
+    return run_plan("hf_bnn_ffn", plan, x, out, hidden * (size + out))
 
 
 def _check(

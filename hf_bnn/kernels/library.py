@@ -18,7 +18,7 @@ from .absence import BUILD_HERE, FROM_SOURCES, absence
 
 VARIABLE = "HF_BNN_KERNEL"
 KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
-INTERFACE = 6  # of csrc/dispatch.c
+INTERFACE = 7  # of csrc/dispatch.c
 OK, OUT_OF_MEMORY, UNSURE, NOT_TAKEN = range(4)  # of csrc/hf_bnn.h
 
 # Multiply-accumulates per microsecond and thread, roughly: what decides whether threads are worth waking.
@@ -112,7 +112,6 @@ _SIGNATURES = {
     "hf_bnn_count_bits": (c_int64, (c_int64,)),
     "hf_bnn_digest": (c_uint64, (c_void_p, c_int64)),
     "hf_bnn_linear": (c_int, _ROWS),
-    "hf_bnn_linear_row_scaled": (c_int, (*_ROWS, c_void_p, c_void_p)),
     "hf_bnn_linear_weight_only": (c_int, _ROWS),
     "hf_bnn_ffn": (c_int, _ROWS),
     "hf_bnn_attention": (
@@ -129,7 +128,7 @@ _SIGNATURES = {
     ),
     "hf_bnn_conv2d": (c_int, (*_CALL, c_void_p, c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
     "hf_bnn_conv2d_block": (c_int, (*_CALL, *(c_void_p,) * 6, *_THRESHOLD)),
-    "hf_bnn_max_pool": (c_int, (*_CALL, *(c_void_p,) * 4, c_int, c_void_p)),
+    "hf_bnn_max_pool": (c_int, (c_int64, c_void_p, *(c_void_p,) * 4, c_int, c_void_p)),
 }
 
 

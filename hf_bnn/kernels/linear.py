@@ -13,10 +13,9 @@ from .operands import (
     check_features,
     check_linear,
     define_op,
-    floats,
     like_inputs,
     linear_plan,
-    run,
+    run_plan,
     runs_compiled,
     same_for_all_parts,
     split_threshold,
@@ -35,18 +34,16 @@ def linear(
     scale: Tensor,
     offset: Tensor | None = None,
     threshold: float | Tensor = 0.0,
-    row_scale: Tensor | None = None,
 ) -> Tensor:
     """`(..., in)` to `(..., out)`: binary inputs times binary weights.
 
     `scale` and `offset` hold a number per output, `threshold` one number or one per input. A threshold `(parts, 1)` or
     `(parts, in)` is for several layers in one, of equally many outputs, a multiple of 16: the n-th part of the outputs
-    sees the inputs through the n-th row. `row_scale` `(...)`, one number per row of the inputs, multiplies what `scale`
-    has multiplied: the scale of inputs whose size differs from row to row.
+    sees the inputs through the n-th row.
     """
     check_features(x, weight)
     level, levels = split_threshold(threshold)
-    return torch.ops.hf_bnn.linear(x, weight.data, scale, offset, level, levels, row_scale)
+    return torch.ops.hf_bnn.linear(x, weight.data, scale, offset, level, levels)
 
 
 def _linear(
@@ -56,24 +53,14 @@ def _linear(
     offset: Tensor | None = None,
     threshold: float = 0.0,
     thresholds: Tensor | None = None,
-    row_scale: Tensor | None = None,
 ) -> Tensor:
     check_linear(x, weight, scale, offset, thresholds)
-    if row_scale is not None and row_scale.shape != x.shape[:-1]:
-        raise ValueError(f"row_scale has shape {tuple(row_scale.shape)}: expected {tuple(x.shape[:-1])}, one per row")
-    chosen = runs_compiled(x, weight, thresholds, row_scale)
+    chosen = runs_compiled(x, weight, thresholds)
     if chosen is None:
-        return reference.linear(x, weight, scale, offset, threshold, thresholds, row_scale)
+        return reference.linear(x, weight, scale, offset, threshold, thresholds)
     size, out = x.shape[-1], scale.shape[0]
     level = Threshold(x, threshold, thresholds)
-    if row_scale is None:
-        return run("hf_bnn_linear", linear_plan(chosen, size, weight, scale, offset, level), x, out, size * out)
-    plan, rows, offsets = (
-        linear_plan(chosen, size, weight, scale, None, level),
-        floats(row_scale, 0),
-        floats(offset, out),
-    )
-    return run("hf_bnn_linear_row_scaled", plan, x, out, size * out, rows.data_ptr(), offsets.data_ptr())
+    return run_plan("hf_bnn_linear", linear_plan(chosen, size, weight, scale, offset, level), x, out, size * out)
 
 
 def _fake_linear(x: Tensor, weight: Tensor, scale: Tensor, *settings: object, **named: object) -> Tensor:
@@ -82,7 +69,7 @@ def _fake_linear(x: Tensor, weight: Tensor, scale: Tensor, *settings: object, **
 
 define_op(
     "linear(Tensor x, Tensor weight, Tensor scale, Tensor? offset=None, float threshold=0.0, "
-    "Tensor? thresholds=None, Tensor? row_scale=None) -> Tensor",
+    "Tensor? thresholds=None) -> Tensor",
     _linear,
     reference.linear,
     _fake_linear,
@@ -128,7 +115,7 @@ def _linear_weight_only(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor
         return reference.linear_weight_only(x, weight, scale, offset)
     size, out = x.shape[-1], scale.shape[0]
     plan = linear_plan(chosen, size, weight, scale, offset)
-    return run("hf_bnn_linear_weight_only", plan, x, out, FLOAT_WORK * size * out)
+    return run_plan("hf_bnn_linear_weight_only", plan, x, out, FLOAT_WORK * size * out)
 
 
 define_op(

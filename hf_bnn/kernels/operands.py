@@ -127,16 +127,13 @@ def linear_plan(
     return plan
 
 
-def run(name: str, plan: LinearPlan | FfnPlan, x: Tensor, out: int, work: int, *more: int) -> Tensor:
-    """`(..., in)` to `(..., out)` by a function of the library, which takes what is at the addresses `more`, too.
-
-    `work`: multiply-accumulates of a row.
-    """
+def run_plan(name: str, plan: LinearPlan | FfnPlan, x: Tensor, out: int, work: int) -> Tensor:
+    """`(..., in)` to `(..., out)` by a function of the library. `work`: multiply-accumulates of a row."""
     rows = as_rows(x)
     count = rows.shape[0]
     y = x.new_empty(*x.shape[:-1], out, dtype=torch.float32)
     threads = threads_for(count * work)[1]
-    call(name, addressof(plan), rows.data_ptr(), rows.stride(0), count, threads, *more, y.data_ptr())
+    call(name, addressof(plan), rows.data_ptr(), rows.stride(0), count, threads, y.data_ptr())
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 

@@ -34,7 +34,6 @@ def linear(
     offset: Tensor | None = None,
     threshold: float = 0.0,
     thresholds: Tensor | None = None,
-    row_scale: Tensor | None = None,
 ) -> Tensor:
     """See kernels.linear."""
     size, out = x.shape[-1], scale.shape[0]
@@ -45,8 +44,6 @@ def linear(
         sums = torch.cat([integer_product(signs(rows, 0.0, part), matrix) for part, matrix in parts], 1)
     else:
         sums = integer_product(signs(rows, threshold, thresholds), matrix)
-    if row_scale is not None:
-        sums, scale = sums * scale, row_scale.float().reshape(-1, 1)
     return rescaled(sums, scale, offset).view(*x.shape[:-1], out).to(x.dtype)
 
 

@@ -11,7 +11,7 @@
  *            exponentials of one number and of the sum   80 (u20; torch 2.13 has u10)
  *            score - largest score, of both              |log threshold| + 16
  *            1 / sum, and the product with it            2
- *     here:  sum (attention.h)                           n / 32 + 10
+ *     here:  sum (attention.inc)                           n / 32 + 10
  *            table, `coarse`, `fine`, both limits        6, and 2 b: the latter two's scores are not rounded
  */
 #include <math.h>

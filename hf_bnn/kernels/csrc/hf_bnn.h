@@ -97,11 +97,7 @@ EXPORTED int hf_bnn_available(int64_t i);
 EXPORTED int hf_bnn_linear(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
                            int64_t threads, float *out);
 
-/* The same with a scale for each row: (sum * scale) * row_scale + offset. The plan's own offset adds nothing. */
-EXPORTED int hf_bnn_linear_row_scaled(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
-                                      int64_t threads, const float *row_scale, const float *offset, float *out);
-
-/* The first for inputs that stay floats. */
+/* The same for inputs that stay floats. */
 EXPORTED int hf_bnn_linear_weight_only(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
                                        int64_t threads, float *out);
 
@@ -145,8 +141,8 @@ EXPORTED int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads
                                  uint32_t *out_bits, const float *next_threshold, int next_per_output);
 
 /* The largest value of each window, or NaN if it has one, times alpha plus beta. NHWC floats. */
-EXPORTED int hf_bnn_max_pool(int64_t set, parallel_for pool, int64_t threads, const struct pool_shape *shape,
-                             const float *x, const float *alpha, const float *beta, int fused, float *out);
+EXPORTED int hf_bnn_max_pool(int64_t set, parallel_for pool, const struct pool_shape *shape, const float *x,
+                             const float *alpha, const float *beta, int fused, float *out);
 
 /* A number that changes with any of these bytes. */
 EXPORTED uint64_t hf_bnn_digest(const struct memory_span *spans, int64_t count);
