@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Conv2dBlock, Epilogue, backend, max_pool, normalization
-from ..kernels.conv2d_block import GROUPS, Level, rounds_once
+from ..kernels.epilogue import GROUPS, rounds_once
 from ..kernels.lending import OWN
 from ..kernels.operands import runs_directly
+from ..kernels.planned_block import Level
 from ..kernels.sources import Source, lent_tensors_of, tensors_of
 from ..nn.activations import RPReLU
 from ..nn.packed import PackedConv2d

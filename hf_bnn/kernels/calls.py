@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
-from ctypes import addressof
+from ctypes import Structure, addressof
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..observers import looked_on
-from .library import FfnPlan, LinearPlan, library, rows_worth_threads, too_large
+from .library import library, rows_worth_threads, too_large
 
 FLOAT = torch.float32  # each look-up of an attribute that is not made counts here
 
@@ -30,7 +30,7 @@ class Call:
         self.arguments = arguments
         self.in_features: int | None = None  # no input has that many: without a plan all go to the op
 
-    def follow(self, plan: LinearPlan | FfnPlan, in_features: int, out_features: int, work: int) -> None:
+    def follow(self, plan: Structure, in_features: int, out_features: int, work: int) -> None:
         """`work`: multiply-accumulates of a row, as of binary products."""
         self.plan, self.address = plan, addressof(plan)
         self.run = getattr(library().functions, self.function)

@@ -7,10 +7,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,99 +37,21 @@ class LinearPlan(ctypes.Structure):
     )
 
 
-class FfnPlan(ctypes.Structure):
-    """`struct ffn_plan` of csrc/hf_bnn.h."""
-
-    _fields_ = (("first", LinearPlan), ("second", LinearPlan), ("low", c_float), ("high", c_float))
-
-
-class Conv2dShape(ctypes.Structure):
-    """`struct conv2d_shape` of csrc/hf_bnn.h."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "channels", "height", "width")),
-        *((name, c_int64) for name in ("image_step", "channel_step", "row_step", "pixel_step", "outputs")),
-        *((name, c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")),
-        *((name, c_int64) for name in ("groups", "out_height", "out_width")),
-    )
-
-
-class AttentionShape(ctypes.Structure):
-    """`struct attention_shape` of csrc/hf_bnn.h. Without its arrays: they would take longer to fill."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "heads", "queries", "keys", "size")),
-        *((f"{name}_step_{i}", c_int64) for name in ("query", "key", "value", "mask") for i in range(3)),
-    )
-
-
-class Conv2dEpilogue(ctypes.Structure):
-    """`struct conv2d_epilogue` of csrc/hf_bnn.h."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("alpha", "beta", "shortcut_alpha", "shortcut_beta")),
-        *((name, c_void_p) for name in ("rprelu_shift", "rprelu_slope", "rprelu_offset")),
-        ("shortcut_group", c_int64),
-        ("fused", c_int64),
-    )
-
-
-class Conv2dLayer(ctypes.Structure):
-    """`struct conv2d_layer` of csrc/hf_bnn.h."""
-
-    _fields_ = (
-        ("shape", Conv2dShape),
-        ("threshold", c_void_p),
-        ("per_input", c_int64),
-        *((name, c_void_p) for name in ("weights", "corners", "scale", "shift", "bias")),
-        ("epilogue", Conv2dEpilogue),
-    )
-
-
-class MemorySpan(ctypes.Structure):
-    """`struct memory_span` of csrc/hf_bnn.h."""
-
-    _fields_ = (("data", c_void_p), ("bytes", c_int64))
-
-
-class PoolShape(ctypes.Structure):
-    """`struct pool_shape` of csrc/hf_bnn.h."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "height", "width", "channels")),
-        *((name, c_int64 * 2) for name in ("kernel", "stride", "padding")),
-        *((name, c_int64) for name in ("out_height", "out_width")),
-    )
-
-
-_CALL = (c_int64, c_void_p, c_int64)  # instruction set, thread pool or None, threads
-_THRESHOLD = (c_void_p, c_int)  # values, whether there is one per input
-_ROWS = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)  # plan, inputs, row step, rows, threads, outputs
-_SIGNATURES = {
+# Results and arguments of the library's functions by their names, as csrc/hf_bnn.h declares them. Each op adds its own.
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hf_bnn_interface": (c_int64, ()),
     "hf_bnn_name": (c_char_p, (c_int64,)),
     "hf_bnn_available": (c_int, (c_int64,)),
     "hf_bnn_count_bits": (c_int64, (c_int64,)),
-    "hf_bnn_digest": (c_uint64, (c_void_p, c_int64)),
-    "hf_bnn_linear": (c_int, _ROWS),
-    "hf_bnn_linear_weight_only": (c_int, _ROWS),
-    "hf_bnn_ffn": (c_int, _ROWS),
-    "hf_bnn_attention": (
-        c_int,
-        (c_int64, c_void_p, ctypes.POINTER(AttentionShape), *(c_void_p,) * 5, c_float, c_int, c_void_p, c_void_p),
-    ),
-    "hf_bnn_attention_scores": (
-        c_int,
-        (c_int64, ctypes.POINTER(AttentionShape), *(c_void_p,) * 4, c_float, c_void_p, c_int64, c_void_p),
-    ),
-    "hf_bnn_attention_context": (
-        c_int,
-        (c_int64, ctypes.POINTER(AttentionShape), *(c_void_p,) * 4, c_int64, c_void_p),
-    ),
-    "hf_bnn_conv2d": (c_int, (*_CALL, c_void_p, c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
-    "hf_bnn_conv2d_block": (c_int, (*_CALL, *(c_void_p,) * 6, *_THRESHOLD)),
-    "hf_bnn_max_pool": (c_int, (c_int64, c_void_p, *(c_void_p,) * 4, c_int, c_void_p)),
 }
+CALL = (c_int64, c_void_p, c_int64)  # instruction set, thread pool or None, threads
+THRESHOLD = (c_void_p, c_int)  # values, whether there is one per input
+ROWS_OF_A_PLAN = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)  # plan, x, row step, rows, threads, out
+
+
+def declare(name: str, *arguments: Any, result: Any = c_int) -> None:
+    """State the signature of a function of the library. To be called when a module is imported, before `library()`."""
+    SIGNATURES[name] = result, arguments
 
 
 class Library(NamedTuple):
@@ -146,7 +68,7 @@ def load(path: Path | str | None) -> Library:
         return Library(None, *absence())
     try:
         functions = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
+        for name, (result, arguments) in SIGNATURES.items():
             function = getattr(functions, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:

@@ -1,54 +1,16 @@
-"""What the ops of torch.library share: their definition, and checks and forms of their operands.
+"""Checks of the operands of ops, and the forms in which compiled kernels take them."""
 
-They run binary products, for inference: no gradient passes through them.
-
-Inputs are compared with a threshold, `x < threshold` = -1, else +1. Outputs are `sum * scale + offset` in float32, in
-the order of hf_bnn.nn.layers.rescale's operations, then in the dtype of `x`. Compiled kernels and `reference` are equal
-bit for bit, except for the order of summation of `linear_weight_only`.
-"""
-
-from collections.abc import Callable
-from ctypes import addressof, c_float
-from typing import NamedTuple
+from ctypes import Structure, addressof, c_float
 
 import torch
 from torch import Tensor
 
 from ..observers import looked_on
-from .library import FfnPlan, LinearPlan, call, instruction_set, thread_pool, threads_for
+from .library import LinearPlan, call, instruction_set, thread_pool, threads_for
 from .weights import PANEL, LinearWeight, linear_shape
 
 # Compared in float32, these are compared exactly.
 COMPARABLE = (torch.float32, torch.bfloat16, torch.float16)
-
-_LIBRARY = torch.library.Library("hf_bnn", "DEF")
-
-
-def define_op(schema: str, kernel: Callable, oracle: Callable, fake: Callable) -> None:
-    """Define an op: `kernel` on CPUs, `oracle` on GPUs, `fake` where only shapes are wanted."""
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, kernel, "CPU")
-    _LIBRARY.impl(name, oracle, "CUDA")
-    torch.library.register_fake(f"hf_bnn::{name}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"hf_bnn::{name}", _one_by_one(getattr(torch.ops.hf_bnn, name)), lib=_LIBRARY)
-
-
-def _one_by_one(op: Callable) -> Callable:
-    """The rule of torch.func.vmap for `op`: a call for each element of the batch. The results' batch comes first."""
-
-    def rule(info: NamedTuple, in_dims: tuple[object, ...], *arguments: object) -> tuple[object, object]:
-        columns = [
-            value.unbind(dim) if isinstance(dim, int) else [value] * info.batch_size
-            for value, dim in zip(arguments, in_dims, strict=True)
-        ]
-        results = [op(*row) for row in zip(*columns, strict=True)]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        parts = tuple(torch.stack(part) for part in zip(*results, strict=True))
-        return parts, (0,) * len(parts)
-
-    return rule
 
 
 def runs_compiled(x: Tensor, weight: Tensor, thresholds: Tensor | None = None, *others: Tensor | None) -> int | None:
@@ -127,7 +89,7 @@ def linear_plan(
     return plan
 
 
-def run_plan(name: str, plan: LinearPlan | FfnPlan, x: Tensor, out: int, work: int) -> Tensor:
+def run_plan(name: str, plan: Structure, x: Tensor, out: int, work: int) -> Tensor:
     """`(..., in)` to `(..., out)` by a function of the library. `work`: multiply-accumulates of a row."""
     rows = as_rows(x)
     count = rows.shape[0]

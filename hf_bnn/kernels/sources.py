@@ -1,15 +1,24 @@
 """What something was made of: whether any of it has been replaced, or written to, since then."""
 
 from collections.abc import Callable, Iterable
-from ctypes import addressof, string_at
+from ctypes import Structure, addressof, c_int64, c_uint64, c_void_p, string_at
 from typing import Any
 
 from torch import Tensor, nn
 
 from .lending import Lent
-from .library import MemorySpan, library
+from .library import declare, library
 
 Source = tuple[dict[str, Any], str]  # a dict of a module, such as its `_parameters`, and the name of an entry of it
+
+
+class MemorySpan(Structure):
+    """`struct memory_span` of csrc/hf_bnn.h."""
+
+    _fields_ = (("data", c_void_p), ("bytes", c_int64))
+
+
+declare("hf_bnn_digest", c_void_p, c_int64, result=c_uint64)
 
 
 class Sources:
