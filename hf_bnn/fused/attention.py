@@ -29,8 +29,8 @@ class _FusedProducts(Fused):
         dropout: float = 0.0,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        learns = self.learns(query) or self.learns(key) or self.learns(value)
-        plain = learns or need_weights or self.scores.partial or self.context.partial or not self.current()
+        gradient = self.wants_gradient(query) or self.wants_gradient(key) or self.wants_gradient(value)
+        plain = gradient or need_weights or self.scores.partial or self.context.partial or not self.current()
         if plain or not query.dtype == key.dtype == value.dtype == torch.float32:
             return super().forward(query, key, value, mask, scaling, dropout, need_weights)
         mask = additive_mask(mask, query.dtype)

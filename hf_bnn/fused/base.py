@@ -104,7 +104,7 @@ class Fused:
                 delattr(self, name)
         self.__class__ = self.plain
 
-    def learns(self, x: Tensor) -> bool:
+    def wants_gradient(self, x: Tensor) -> bool:
         """Whether gradients may be asked for, which only the plain forward has."""
         return self.training or (torch.is_grad_enabled() and x.requires_grad)
 

@@ -123,7 +123,7 @@ class KernelLinear(_KernelLayer, PackedLinear):
             return super().forward(x)
         return self.call(x)
 
-    def run_compiled(self, x: Tensor) -> Tensor:
+    def run_compiled(self, x: Tensor, running: str) -> Tensor:
         return self.call(x) if self.current() else super().forward(x)
 
 
@@ -158,13 +158,14 @@ class KernelConv2d(_KernelLayer, PackedConv2d):
         return conv2d_signs(self.kernel_weight, self.kernel_corners, self.in_channels, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.learns(x) or not x.is_floating_point() or not self.current():
+        if self.wants_gradient(x) or not x.is_floating_point() or not self.current():
             return super().forward(x)
         if self.call is not None and x.dtype == torch.float32 and x.dim() == 4 and runs_directly(x):
             return self.call(x)[0]
-        return self.run_compiled(x) if x.dim() == 4 else self.run_compiled(one_image(x)).squeeze(0)
+        y = kernels.conv2d(x if x.dim() == 4 else one_image(x), *self.operands())
+        return y if x.dim() == 4 else y.squeeze(0)
 
-    def run_compiled(self, x: Tensor) -> Tensor:
+    def run_compiled(self, x: Tensor, running: str) -> Tensor:
         return kernels.conv2d(x, *self.operands()) if self.current() else super().forward(x)
 
 
@@ -188,7 +189,7 @@ class JointLinear(Planned, nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         for layer, part in zip(layers, self.weight.chunk(self.parts), strict=True):
             layer.kernel_weight = part
-            layer.call = layer.plan()
+            layer.call.move(layer.weight_operand())
         self.call = self.plan()
 
     @staticmethod

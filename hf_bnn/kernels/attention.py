@@ -102,7 +102,7 @@ class AttentionOperands(NamedTuple):
         shape = AttentionShape(batch, heads, n, tokens, size, *steps, *mask_steps)
         context = query.new_empty((batch, n, heads, size))
         unsure = torch.empty((batch, heads, n), dtype=torch.bool)
-        pool, _ = threads_for(batch * heads * n * tokens * (2 * size + WORK))
+        pool, _ = threads_for(batch * heads * n * tokens * (2 * size + WORK), chosen)
         results = (context.data_ptr(), unsure.data_ptr())
         status = call("hf_bnn_attention", chosen, pool, shape, q, k, v, added, numbers, scaling, softmax, *results)
         if status == NOT_TAKEN:

@@ -24,6 +24,7 @@ class Call:
 
     function: ClassVar[str]
     op: ClassVar[Callable[..., Tensor]]
+    plan: Structure | None = None
     most_rows: float = math.inf  # more go to the op
 
     def __init__(self, *arguments: object):

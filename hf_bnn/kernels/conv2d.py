@@ -185,7 +185,7 @@ class Conv2dOperands(NamedTuple):
         call(
             "hf_bnn_conv2d",
             chosen,
-            *threads_for(geometry.work),
+            *threads_for(geometry.work, chosen),
             addressof(geometry.shape),
             images.data_ptr(),
             *((addressof(ZERO), False) if level is None else (level.address, level.per_input)),

@@ -163,16 +163,26 @@ def thread_pool() -> int | None:
     return None
 
 
-def threads_for(work: int) -> tuple[int | None, int]:
-    """The thread pool and how many of its threads `work` multiply-accumulates are worth: (None, 1) if only one."""
-    if torch.get_num_threads() == 1 or work < least_work_for_threads():
+def threads_for(work: int, chosen: int | None = None) -> tuple[int | None, int]:
+    """The thread pool, and the number of its threads that `work` multiply-accumulates are worth; (None, 1) for one.
+
+    `chosen`: the number of the instruction set that runs them, by default that of the backend.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or work < least_work_for_threads(chosen):
         return None, 1
-    pool, threads = thread_pool(), torch.get_num_threads()
-    return (pool, threads) if pool and threads > 1 else (None, 1)
+    pool = thread_pool()
+    return (pool, threads) if pool else (None, 1)
 
 
-def least_work_for_threads() -> int:
-    return WORTH_THREADS * SPEED.get(backend(), SLOWEST)
+def least_work_for_threads(chosen: int | None = None) -> int:
+    """Multiply-accumulates from which on several threads are faster than one."""
+    return WORTH_THREADS * (SPEED.get(backend(), SLOWEST) if chosen is None else _speed(chosen))
+
+
+@cache
+def _speed(chosen: int) -> int:
+    return SPEED.get(library().functions.hf_bnn_name(chosen).decode(), SLOWEST)
 
 
 def rows_worth_threads(work: int) -> float:

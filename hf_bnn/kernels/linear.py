@@ -115,6 +115,12 @@ class LinearCall(Call):
             plan = given._replace(thresholds=same_for_all_parts(given.thresholds)).plan(chosen)
             self.follow(plan, weight.in_features, weight.out_features, weight.in_features * weight.out_features)
 
+    def move(self, weight: LinearWeight) -> None:
+        """Read the same weight from elsewhere in memory, without planning again. `weight.data` is contiguous."""
+        self.arguments = (weight, *self.arguments[1:])
+        if self.plan is not None:
+            self.plan.weights, self.plan.kept = weight.data.data_ptr(), (weight.data, *self.plan.kept[1:])
+
 
 def linear_weight_only(x: Tensor, weight: LinearWeight, scale: Tensor, offset: Tensor | None = None) -> Tensor:
     """Product of float inputs and binary weights: `(..., in)` to `(..., out)`.

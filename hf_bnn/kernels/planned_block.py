@@ -166,7 +166,7 @@ class Conv2dBlock:
             call(
                 "hf_bnn_conv2d_block",
                 self.set,
-                *threads_for(geometry.work),
+                *threads_for(geometry.work, self.set),
                 address,
                 *((x.data_ptr(), None) if bits is None else (None, bits.data_ptr())),
                 None if shortcut is None else shortcut.data_ptr(),

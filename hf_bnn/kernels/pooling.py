@@ -80,7 +80,7 @@ class MaxPoolOperands(NamedTuple):
         sizes = (x.shape[0], channels, shape.out_height, shape.out_width)
         y = torch.empty(sizes, dtype=torch.float32, memory_format=torch.channels_last)
         alpha, beta = floats(self.alpha, channels), floats(self.beta, channels)
-        pool, _ = threads_for(x.numel() * FLOAT_WORK)
+        pool, _ = threads_for(x.numel() * FLOAT_WORK, chosen)
         pointers = (images.data_ptr(), alpha.data_ptr(), beta.data_ptr())
         call("hf_bnn_max_pool", chosen, pool, addressof(shape), *pointers, fused, y.data_ptr())
         return y

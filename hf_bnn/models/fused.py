@@ -81,7 +81,7 @@ class _FusedAttention(Fused):
 
     def runs_plain(self, hidden_states: Tensor) -> bool:
         """Whether the layers must run one by one, as they must for gradients."""
-        return self.learns(hidden_states) or not self.current() or not self.joined
+        return self.wants_gradient(hidden_states) or not self.current() or not self.joined
 
 
 class FusedBertSelfAttention(_FusedAttention, BertSelfAttention):
@@ -134,7 +134,7 @@ class _FusedFeedForward(Fused):
     def runs_plain(self, x: Tensor) -> bool:
         """Whether the layers must run one by one, as they must for gradients."""
         # In other dtypes hidden values are rounded, and the interval is one of values that are not.
-        return x.dtype != torch.float32 or self.learns(x) or not self.current() or self.call is None
+        return x.dtype != torch.float32 or self.wants_gradient(x) or not self.current() or self.call is None
 
 
 class FusedBertLayer(_FusedFeedForward, BertLayer):
