@@ -1,4 +1,4 @@
-"""Fast products of 1-bit weights: compiled kernels, and the same in torch where there are none."""
+"""Fast products of 1-bit weights, in compiled kernels or, where those are missing, in torch."""
 
 from .attention import attention
 from .conv2d import conv2d

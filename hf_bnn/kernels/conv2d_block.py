@@ -34,8 +34,8 @@ def conv2d_block(
 ) -> tuple[Tensor, Tensor]:
     """float32 `(N, out, H', W')`, channels last, and the bits of its signs, int32 `(N, H', W', words)`.
 
-    `x` is float32 `(N, in, H, W)`, or the bits that another block has put out. What is not wanted comes out empty. One
-    group. To call a layer again and again, make a `Conv2dBlock`.
+    `x` is float32 `(N, in, H, W)`, or the bits that another block returned. `floats` and `bits` say what is wanted; the
+    other result is empty. The convolution has one group. To call a layer repeatedly, make a `Conv2dBlock`.
     """
     if weight.groups != 1:
         raise ValueError(f"groups={weight.groups}: a block takes convolutions of one group")

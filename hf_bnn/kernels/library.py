@@ -1,4 +1,4 @@
-"""The compiled library: where it is, which of its instruction sets run, and torch's threads for it."""
+"""The compiled library: finds and loads it, chooses an instruction set, and lends it torch's threads."""
 
 import ctypes
 import importlib.util
@@ -18,13 +18,13 @@ from .absence import BUILD_HERE, FROM_SOURCES, absence
 
 VARIABLE = "HF_BNN_KERNEL"
 KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
-INTERFACE = 7  # of csrc/dispatch.c
-OK, OUT_OF_MEMORY, UNSURE, NOT_TAKEN = range(4)  # of csrc/hf_bnn.h
+INTERFACE = 7  # as in csrc/dispatch.c: raised when an exported function or structure changes
+OK, OUT_OF_MEMORY, UNSURE, NOT_TAKEN = range(4)  # as in csrc/hf_bnn.h
 
-# Multiply-accumulates per microsecond and thread, roughly: what decides whether threads are worth waking.
+# Approximate multiply-accumulates per microsecond and thread. They decide whether threads are worth waking.
 SPEED = {"avx512": 1_600_000, "avx512bw": 900_000, "avx2": 400_000, "neon": 200_000, "scalar": 130_000}
 SLOWEST = 100_000
-WORTH_THREADS = 50  # microseconds of work: waking a second thread takes about ten
+WORTH_THREADS = 50  # microseconds of work; waking a second thread takes about ten
 
 
 class LinearPlan(ctypes.Structure):
@@ -37,7 +37,7 @@ class LinearPlan(ctypes.Structure):
     )
 
 
-# Results and arguments of the library's functions by their names, as csrc/hf_bnn.h declares them. Each op adds its own.
+# Results and arguments of the exported functions, as csrc/hf_bnn.h declares them. Each op adds its own (`declare`).
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hf_bnn_interface": (c_int64, ()),
     "hf_bnn_name": (c_char_p, (c_int64,)),
@@ -50,12 +50,12 @@ ROWS_OF_A_PLAN = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)  # pl
 
 
 def declare(name: str, *arguments: Any, result: Any = c_int) -> None:
-    """State the signature of a function of the library. To be called when a module is imported, before `library()`."""
+    """State the signature of an exported function. Call it on import: `library()` reads the table once."""
     SIGNATURES[name] = result, arguments
 
 
 class Library(NamedTuple):
-    """The compiled functions, or None with the reason why there are none and the way out."""
+    """The compiled functions, or None with the reason (`problem`) and the way out (`remedy`)."""
 
     functions: ctypes.CDLL | None
     problem: str = ""
@@ -63,7 +63,7 @@ class Library(NamedTuple):
 
 
 def load(path: Path | str | None) -> Library:
-    """The library in the file `path`, None if this interpreter finds no such file."""
+    """The library in the file `path`. `None` stands for a file that this interpreter does not find."""
     if path is None:
         return Library(None, *absence())
     try:
@@ -87,7 +87,7 @@ def library() -> Library:
 
 @cache
 def _instruction_sets() -> dict[str, int]:
-    """The library's instruction sets that this processor has, best first, and their numbers."""
+    """Numbers of the instruction sets that this processor has, by name, best first."""
     functions, found, number = library().functions, {}, 0
     while functions and (name := functions.hf_bnn_name(number)):
         if functions.hf_bnn_available(number):
@@ -102,7 +102,7 @@ def available() -> tuple[str, ...]:
 
 
 def checked(name: str, source: str) -> str:
-    """`name` if it is a backend that runs here; `source` says where it comes from."""
+    """`name`, if that backend runs here; else a ValueError that names its `source`."""
     if name not in KNOWN:
         raise ValueError(f"{source}={name!r}: expected one of {', '.join(KNOWN)}, or nothing for the best one")
     if name not in available():
@@ -126,20 +126,20 @@ def _default() -> str:
     return available()[0]
 
 
-_in_use: list[str] = []  # of `using`, innermost last
+_in_use: list[str] = []  # the arguments of nested `using` blocks, innermost last
 
 
 def backend() -> str:
-    """What runs binary products: the best instruction set here, or what HF_BNN_KERNEL asks for, or "torch".
+    """Name of what runs binary products: the best instruction set here, the choice of HF_BNN_KERNEL, or "torch".
 
-    Says once, as a RuntimeWarning, if there are no compiled kernels.
+    Warns once, with a RuntimeWarning, if there are no compiled kernels.
     """
     return _in_use[-1] if _in_use else _default()
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Another backend for a while, in all threads: to compare them."""
+    """A context in which another backend runs, in all threads, for comparisons."""
     _in_use.append(checked(name, "backend"))
     try:
         yield
@@ -148,13 +148,13 @@ def using(name: str) -> Iterator[None]:
 
 
 def instruction_set() -> int | None:
-    """The number of the backend in the library, None for torch."""
+    """Number of the backend in the library, None for torch."""
     return _instruction_sets().get(backend())
 
 
 @cache
 def thread_pool() -> int | None:
-    """The address of `torch_parallel_for`, in torch's C interface since 2.10; None where torch lacks it."""
+    """Address of `torch_parallel_for`, part of torch's C interface since 2.10; None if this torch lacks it."""
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
         if path.exists():
@@ -186,12 +186,12 @@ def _speed(chosen: int) -> int:
 
 
 def rows_worth_threads(work: int) -> float:
-    """From how many rows on threads are worth waking, if a row takes `work` multiply-accumulates."""
+    """Number of rows from which on threads are worth waking, at `work` multiply-accumulates per row."""
     return least_work_for_threads() / max(work, 1) if thread_pool() else math.inf
 
 
 def call(name: str, *arguments: object) -> int:
-    """Run a function of the library; tensors are given by their addresses. Returns its status: OK or its own ones."""
+    """Run a function of the library and return its status: OK, or UNSURE or NOT_TAKEN. Tensors go in as addresses."""
     status = getattr(library().functions, name)(*arguments)
     if status == OUT_OF_MEMORY:
         raise too_large(name)

@@ -1,4 +1,4 @@
-"""A binary convolution with what follows it, planned: shapes and addresses are worked out once, then called."""
+"""A binary convolution with what follows it, as a call for which shapes and addresses are worked out once."""
 
 import ctypes
 from ctypes import addressof, c_float, c_int64, c_void_p
@@ -42,7 +42,7 @@ declare("hf_bnn_conv2d_block", *CALL, *(c_void_p,) * 6, *THRESHOLD)
 
 
 class Level(NamedTuple):
-    """What inputs are compared with, one float32 number or one per channel, and where it is."""
+    """Thresholds of inputs in memory: one float32 number, or one per channel."""
 
     values: Tensor | c_float
     address: int
@@ -58,9 +58,9 @@ class Level(NamedTuple):
 
 
 class Conv2dBlock:
-    """A convolution and its epilogue, ready to be called: what a layer and a shape need is made once.
+    """A convolution and its epilogue, ready to be called. Prepares a layer, and each shape of inputs, once.
 
-    For float32 tensors on the CPU and a compiled backend; `weight` has one group. Arguments as of `conv2d`.
+    Takes float32 tensors on the CPU and needs a compiled backend. `weight` has one group. Arguments as in `conv2d`.
     """
 
     def __init__(
@@ -98,17 +98,17 @@ class Conv2dBlock:
         for values in (*vectors, *sums[2:]):
             if values is not None and values.numel() != out:
                 raise ValueError(f"a vector of shape {tuple(values.shape)}: expected one number for each of {out}")
-        self.tensors = (*vectors, *sums)  # kept: the structure has their addresses only
+        self.tensors = (*vectors, *sums)  # kept alive: the structure holds only their addresses
         addresses = [None if t is None else t.data_ptr() for t in self.tensors]
         self.epilogue = Conv2dEpilogue(*addresses[:7], epilogue.shortcut_group, bool(fused))
         self.sums = addresses[7:]
         self.geometries: dict[tuple, tuple[Geometry, Conv2dLayer, int]] = {}
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return type(self), self.arguments  # addresses: a copy, or a pickle, makes its own
+        return type(self), self.arguments  # addresses are not copied: copies and pickles make their own
 
     def geometry(self, size: tuple[int, ...], strides: tuple[int, ...]) -> tuple[Geometry, Conv2dLayer, int]:
-        """Of inputs of `size` and `strides`; with the structure, and its address."""
+        """Geometry for inputs of `size` and `strides`, with the structure for the kernel and its address."""
         if size[1] != self.in_channels:
             raise ValueError(f"inputs of shape {tuple(size)}: expected {self.in_channels} channels")
         geometry = Geometry.of(size, strides, self.corners.shape, *self.window)
@@ -129,10 +129,10 @@ class Conv2dBlock:
         in_place: bool = False,
         floats: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Floats `(N, out, H', W')`, channels last, and bits int32 `(N, H', W', words)`, each if it is wanted.
+        """Floats `(N, out, H', W')`, channels last, and bits int32 `(N, H', W', words)`; None for what is not wanted.
 
-        The input is `x`, or the bits of it where there are some. `next_level`: what the bits are to be of. `in_place`:
-        the floats take the place of those of the shortcut, whose shape and strides must be theirs.
+        The input is `bits` if given, else `x`. The output bits compare the result with `next_level`; without one there
+        are none. `in_place` writes the floats over the shortcut, which must have their shape and strides.
         """
         if bits is None:
             if x.dtype != torch.float32:
@@ -147,7 +147,7 @@ class Conv2dBlock:
             key = (n, channels, height, width), (height * width * channels, 1, width * channels, channels)
         geometry, _, address = self.geometries.get(key) or self.geometry(*key)
         sizes = geometry.sizes
-        if bits is not None and geometry.shape.height * geometry.shape.width != height * width:  # strides are taken
+        if bits is not None and geometry.shape.height * geometry.shape.width != height * width:  # 1 x 1 with strides
             bits = bits[:, :: self.window[0][0], :: self.window[0][1]].contiguous()
         if bits is None and not geometry.readable:
             x = x.contiguous()
@@ -176,7 +176,7 @@ class Conv2dBlock:
         return y, put_out
 
     def checked_shortcut(self, shortcut: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """`shortcut`, channels last and without gaps."""
+        """`shortcut`, dense and channels last."""
         expected = (sizes[0], sizes[1] * self.epilogue.shortcut_group, *sizes[2:])
         if shortcut.shape != expected or shortcut.dtype != torch.float32:
             found = f"{shortcut.dtype} and shape {tuple(shortcut.shape)}"
@@ -185,5 +185,5 @@ class Conv2dBlock:
 
 
 def words_of(channels: int) -> int:
-    """Words that hold the bits of a pixel."""
+    """Number of words that hold the bits of a pixel."""
     return -(-channels // PAIR) * (PAIR // WORD)

@@ -1,4 +1,4 @@
-"""The ops in torch alone: what the compiled kernels must equal, and what runs where there are none."""
+"""Steps in torch of which the `reference` methods of the ops are made, the oracle for compiled kernels."""
 
 import torch
 import torch.nn.functional as F
@@ -6,12 +6,12 @@ from torch import Tensor
 
 from .weights import PAIR, WORD
 
-# A mask's numbers below it shut a token out: transformers writes the smallest number of the dtype, others -inf or -1e4.
+# A mask below this excludes a token. transformers writes the smallest number of the dtype, other code -inf or -1e4.
 MASKED = -1000.0
 
 
 def below(x: Tensor, threshold: float, thresholds: Tensor | None) -> Tensor:
-    """Which values count as -1: NaN and, against a threshold of 0, -0.0 do not."""
+    """Mask of the values that count as -1. NaN does not, nor does -0.0 against a threshold of 0."""
     return x < (threshold if thresholds is None else thresholds)
 
 
@@ -21,13 +21,13 @@ def signs(x: Tensor, threshold: float, thresholds: Tensor | None) -> Tensor:
 
 
 def rescaled(sums: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """sums * scale + offset, each operation rounded: the order of hf_bnn.nn.layers.rescale."""
+    """`sums * scale + offset`, each operation rounded, in the order of hf_bnn.nn.layers.rescale."""
     y = sums * scale
     return y if offset is None else y.add_(offset)
 
 
 def sign_words(negative: Tensor) -> Tensor:
-    """bool `(..., channels)` to int32 `(..., words)`: bits, 1 where true, in pairs of words (first, first ^ second)."""
+    """Bits, 1 where true, in pairs of words (first, first ^ second): bool `(..., channels)` to int32 `(..., words)`."""
     padded = F.pad(negative, (0, -negative.shape[-1] % PAIR)).unflatten(-1, (-1, 2, WORD)).to(torch.int64)
     words = (padded << torch.arange(WORD, device=negative.device)).sum(-1)
     first, second = (words - (words >> WORD - 1 << WORD)).to(torch.int32).unbind(-1)
@@ -43,5 +43,5 @@ def words_to_signs(words: Tensor, channels: int) -> Tensor:
 
 
 def normalized(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """`x * alpha + beta` per channel, rounded as torch's batch normalization in evaluation is."""
+    """`x * alpha + beta` per channel, rounded as in torch's batch normalization in evaluation."""
     return F.batch_norm(x, torch.zeros_like(alpha), torch.ones_like(alpha), alpha, beta, False, 0.0, 0.0)
