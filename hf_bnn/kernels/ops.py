@@ -78,10 +78,8 @@ def _schema_type(hint: Any) -> str:
 
 
 def _method(operands: type, name: str) -> Callable:
-    def call(*arguments: Any, **named: Any) -> Any:
-        return getattr(operands(*arguments, **named), name)()
-
-    return call
+    method = getattr(operands, name)
+    return lambda *arguments, **named: method(operands(*arguments, **named))
 
 
 def _one_by_one(op: Callable) -> Callable:
