@@ -82,7 +82,7 @@ class FusedProjections(Fused):
 
     def runs_plain(self, hidden_states: Tensor) -> bool:
         """Whether the layers must run one by one, as they must for gradients."""
-        return self.learns(hidden_states) or not self.current() or not self.joined
+        return self.wants_gradient(hidden_states) or not self.current() or not self.joined
 
 
 class FusedFeedForward(Fused):
@@ -116,4 +116,4 @@ class FusedFeedForward(Fused):
     def runs_plain(self, x: Tensor) -> bool:
         """Whether the layers must run one by one, as they must for gradients."""
         # Other dtypes round the hidden values, and the interval is computed from unrounded ones.
-        return x.dtype != torch.float32 or self.learns(x) or not self.current() or self.call is None
+        return x.dtype != torch.float32 or self.wants_gradient(x) or not self.current() or self.call is None
