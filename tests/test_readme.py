@@ -41,6 +41,7 @@ PRINTED = {  # what the program of a page prints, among other things
     "README.md": "'score':",
     "docs/pages/deployment.md": "'score':",
     "docs/pages/guide.md": "",
+    "docs/pages/methods.md": "",
     "docs/pages/models.md": "distilbert.transformer.layer.0.ffn.lin2.input:",
 }
 MOST_WORDS = 1200
