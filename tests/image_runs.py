@@ -90,7 +90,7 @@ def save_vit(folder: Path, trained: bool = True, mean: float = 0.5, **kwargs: An
 
 @pytest.fixture(scope="module", name="script")
 def task_module() -> Iterator[ModuleType]:
-    """What the script runs, as a module; the verbosity that it sets is undone."""
+    """The script's module. The verbosity that it sets is undone."""
     before = get_verbosity(), transformers_logging.get_verbosity()
     yield task
     set_verbosity(before[0])
@@ -130,7 +130,7 @@ def load(folder: Path) -> torch.nn.Module:
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    """What a model says of a few images."""
+    """The logits of a model for a few images."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         return model.eval()(torch.randn(4, 3, 8, 8, generator=generator)).logits

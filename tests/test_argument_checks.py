@@ -17,7 +17,7 @@ from hf_bnn.training import argument_checks
 
 @pytest.fixture
 def warnings(caplog):
-    """What is logged, where each warning that comes once in a process may come again."""
+    """The log, in which a warning that comes once in a process may come again."""
     for once in (argument_checks._warn_of_rate, argument_checks._warn_of_missing_teacher, plain_trainer._warn):
         once.cache_clear()
     packed_base.warn_of_training.cache_clear()

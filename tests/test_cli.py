@@ -54,7 +54,7 @@ def latent(models: Path, tmp_path: Path) -> Path:
 
 
 def told(capsys: pytest.CaptureFixture, *words: object, code: int = 0) -> str:
-    """What a command prints to stdout; it must end with this exit code."""
+    """The stdout of a command that must end with this exit code."""
     capsys.readouterr()
     assert main([str(word) for word in words]) == code
     return capsys.readouterr().out

@@ -131,7 +131,7 @@ def test_shards_are_not_shared_out_among_workers(rows: Dataset, shards: int, in_
 
 
 def test_a_share_of_an_epoch_would_be_lost_by_giving_whole_shards_to_workers(rows: Dataset, in_worker: Any):
-    """What datasets does by itself, which the tests above would notice."""
+    """The split that datasets makes by itself; the tests above would notice it."""
     by_shard, seen = rows.to_iterable_dataset(num_shards=3), []
     for worker in (0, 1):
         in_worker(2, worker)

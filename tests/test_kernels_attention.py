@@ -33,7 +33,7 @@ every_kind = pytest.mark.parametrize("softmax", KINDS, ids=["binary", "boolean"]
 
 
 class Case(NamedTuple):
-    """What the op takes; `levels` apart from the rest."""
+    """The operands of the op, with `levels` apart from the rest."""
 
     query: Tensor
     key: Tensor

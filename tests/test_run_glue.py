@@ -80,7 +80,7 @@ def save_bert(folder: Path, trained: bool = True, **kwargs: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def run_glue() -> Iterator[ModuleType]:
-    """What the script runs, as a module; the verbosity that it sets is undone."""
+    """The script's module. The verbosity that it sets is undone."""
     before = get_verbosity(), transformers_logging.get_verbosity()
     yield task
     set_verbosity(before[0])
@@ -122,7 +122,7 @@ def files(tmp_path: Path) -> list[str]:
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    """What a model says of a few sentences."""
+    """The logits of a model for a few sentences."""
     ids = torch.arange(40).view(4, 10) % len(WORDS)
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits

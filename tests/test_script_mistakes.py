@@ -59,7 +59,7 @@ def failing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Failing:
-    """What a script says of its mistake: the line that it ends with."""
+    """The error of a script: the last line that it prints."""
 
     def start(
         script: str, *arguments: object, output_dir: object = "out", do: tuple[str, ...] = ("train", "eval")

@@ -1,4 +1,4 @@
-"""What run_glue.py reads: files of every kind and their faults, by line; the labels in them."""
+"""The input of run_glue.py: files of every kind, their faults by line, and the labels in them."""
 
 import gzip
 import json

@@ -22,7 +22,7 @@ from .base import Fused
 
 
 class Signs(NamedTuple):
-    """What a block passes to the next: float32 images, channels last, and their bits against its threshold."""
+    """The output of a block for the next one: float32 images, channels last, and their bits against its threshold."""
 
     images: Tensor
     bits: Tensor | None = None

@@ -67,7 +67,7 @@ def conv2d_sizes(
 
 
 class Geometry(NamedTuple):
-    """What a call derives from shapes alone. It is kept, because making it takes longer than small products."""
+    """The part of a call that follows from shapes alone. It is kept: making it takes longer than small products."""
 
     shape: Conv2dShape
     readable: bool  # whether a kernel takes the strides of the input; else it must be made contiguous

@@ -1,4 +1,4 @@
-"""What follows a binary convolution in a residual block: normalization, shortcut and activation."""
+"""The operations after a binary convolution in a residual block: normalization, shortcut and activation."""
 
 from functools import cache
 from typing import NamedTuple

@@ -79,7 +79,7 @@ def same_for_all_parts(thresholds: Tensor | None) -> Tensor | None:
 def linear_plan(
     chosen: int, size: int, weight: Tensor, scale: Tensor, offset: Tensor | None, level: Threshold | None = None
 ) -> LinearPlan:
-    """What a compiled linear layer takes beside its inputs. The plan keeps the tensors to which it points alive."""
+    """The operands of a compiled linear layer besides its inputs. The plan keeps the tensors it points to alive."""
     out, panels = scale.shape[0], weight.contiguous()
     scales, offsets = floats(scale, out), floats(offset, out)
     compared = (0, 1, 0) if level is None else (level.address, level.parts, level.per_input)

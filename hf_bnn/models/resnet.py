@@ -65,7 +65,7 @@ class BinaryResNetConfig(BinaryConfigFields, ResNetConfig):
         check_choice("block_activation", self.block_activation, ("none", "rprelu"))
         if self.block == "residual" and self.binary_inputs:
             raise ValueError(
-                f"block='residual' with binarize={self.binarize!r}: every convolution would see what a ReLU puts out, "
+                f"block='residual' with binarize={self.binarize!r}: every convolution would read a ReLU output, "
                 "so every sign would be +1; use block='bireal'"
             )
         if self.block == "bireal" and not self.binary_inputs and self.block_activation == "none":

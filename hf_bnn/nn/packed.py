@@ -55,7 +55,7 @@ class PackedLinear(PackedWeight, nn.Linear):
         return unpack_bits(self.weight, self.in_features)
 
     def make_operands(self) -> tuple:
-        """What a kernel takes beside the inputs. With it, the kernel equals `sign_product` bit for bit."""
+        """The operands of a kernel besides the inputs. With them, the kernel equals `sign_product` bit for bit."""
         levels, offset = self.input_levels, self.bias
         scale, shift = levels.affine()
         if levels.shifted:
@@ -137,7 +137,7 @@ class PackedConv2d(PackedWeight, nn.Conv2d):
         return groups_are_large(self.in_channels, self.out_channels, self.groups)
 
     def make_operands(self) -> tuple:
-        """What a kernel takes beside the inputs. With it, the kernel equals `sign_product` bit for bit."""
+        """The operands of a kernel besides the inputs. With them, the kernel equals `sign_product` bit for bit."""
         levels = self.input_levels
         scale, shift = levels.affine()
         shift = self.weight_scale * shift if levels.shifted else None
