@@ -3,6 +3,8 @@
  * Images become bits with their channels last and a border of bits 0, so that a window is a few runs of consecutive
  * words. Bits 0 stand for +1, but padding is exactly zero: border pixels subtract the sum of the weights that lie in
  * the padding, which they take from a table of sums over corner rectangles of the kernel.
+ *
+ * The windows are multiplied by `multiply` in tile.inc, which every instruction set (avx2.c, ...) compiles for itself.
  */
 #include <stdlib.h>
 
