@@ -1,7 +1,7 @@
-"""Adapters of PEFT around binary layers: they are trained and run beside these, and are not merged into them.
+"""PEFT adapters around binary layers: they train and run beside these, and cannot be merged into them.
 
-torch tells of every module that gets a part. One that gets a binary layer as its `base_layer` is an adapter's, of
-whatever kind; its class is changed to one that refuses what would silently be lost.
+A global torch hook reports every registration of a submodule. A module that gets a binary layer as its `base_layer` is
+an adapter's layer. Its class is changed to one that raises ValueError where the adapter would silently be lost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEEP = (
 
 
 def why_not_merged(base: nn.Module) -> str | None:
-    """Why an adapter cannot be merged into `base`; None if it is no binary layer."""
+    """The reason why an adapter cannot be merged into `base`; None if `base` is no binary layer."""
     if isinstance(base, tuple(PACKED.values())):
         return "its weights are packed, to integers and a scale"
     if isinstance(base, RoundedEmbedding):
@@ -39,14 +39,14 @@ def why_not_merged(base: nn.Module) -> str | None:
 
 
 class AdaptedLayer(nn.Module):
-    """A binary layer with its adapter beside it: what `merge_and_unload` leaves, since the two cannot be one layer."""
+    """A binary layer with its adapter beside it: what `merge_and_unload` leaves, since the two cannot become one."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.base_layer = layer  # PEFT goes by this name, and would else give the parameters to this module too
+        self.base_layer = layer  # PEFT's name: under another it would assign the parameters to this module too
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Itself: where a later adapter is unloaded, this one stays."""
+        """Itself: unloading a later adapter leaves this one in place."""
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -54,7 +54,7 @@ class AdaptedLayer(nn.Module):
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    """Raise ValueError if an adapter has become a part of `model`, whose file would have no place for it."""
+    """Raise ValueError if an adapter has become a part of `model`: a binary checkpoint has no place for it."""
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLayer):
             base = module.base_layer.get_base_layer()
@@ -65,10 +65,10 @@ def refuse_adapted(model: nn.Module) -> None:
 
 
 class _Guarded:
-    """Comes before the class of an adapter's layer, whose `base_layer` is a binary one."""
+    """Guards an adapter's layer around a binary layer. Comes before the layer's own class."""
 
     stock: type[nn.Module]
-    settled = False  # whether it has become a part of the model: see AdaptedLayer
+    settled = False  # whether the adapter has become a part of the model: see AdaptedLayer
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         base = self.get_base_layer()
@@ -77,7 +77,7 @@ class _Guarded:
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """What takes the place of this layer in the model: PEFT asks for it where it unloads adapters."""
+        """The module that replaces this layer in the model. PEFT calls this when it unloads adapters."""
         base = self.get_base_layer()
         if self.settled:
             return self
@@ -93,7 +93,7 @@ class _Guarded:
         if adapter_names:
             self.set_adapter(adapter_names)
         self.settled = True
-        for name, part in self.named_modules():  # no parameters any more, which a later adapter's training would move
+        for name, part in self.named_modules():  # buffers: training a later adapter must not change them
             if name.partition(".")[0] != "base_layer":
                 for key, parameter in list(part._parameters.items()):
                     del part._parameters[key]
@@ -101,7 +101,7 @@ class _Guarded:
         return AdaptedLayer(self)
 
     def enable_adapters(self, enabled: bool) -> None:
-        if not self.settled:  # a later adapter of the same model is switched off, and this one is part of the model
+        if not self.settled:  # a later adapter is switched off; this one is part of the model
             super().enable_adapters(enabled)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -123,7 +123,7 @@ class _Guarded:
                 base.weight.copy_(before)
             raise ValueError(
                 f"this kind of initialization takes the adapter's part out of the weights of a {type(base).__name__}, "
-                f"of which {why_not_merged(base)}: choose another one, such as init_lora_weights=True"
+                f"but {why_not_merged(base)}: choose another one, such as init_lora_weights=True"
             )
         for name, part in list(self.named_modules()):
             if isinstance(part, BinaryConv2d) and not name.startswith("base_layer"):
@@ -131,7 +131,7 @@ class _Guarded:
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in PEFT. Raises ValueError if it reads the binary layer's weight instead of calling the layer."""
-        asked = self.__dict__.setdefault("_found_calling", set())  # once per mode: dropout takes another path
+        asked = self.__dict__.setdefault("_found_calling", set())  # checked once per mode: dropout takes another path
         if self.training in asked or is_compiling():
             return super().forward(*args, **kwargs)
         base, calls = self.get_base_layer(), []
@@ -157,7 +157,7 @@ class _Guarded:
 
 @contextlib.contextmanager
 def _counting(layer: nn.Module, calls: list[int]) -> Iterator[None]:
-    """Append to `calls` whenever `layer` is called. Without hooks, of which some adapters warn."""
+    """Append to `calls` whenever `layer` is called. Uses no hooks: some adapters warn of them."""
     own, forward = layer.__dict__.get("forward"), layer.forward
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
@@ -176,13 +176,13 @@ def _counting(layer: nn.Module, calls: list[int]) -> Iterator[None]:
 
 @cache
 def _guarded(stock: type[nn.Module]) -> type[nn.Module]:
-    """The guarded form of an adapter's class, under the same name."""
+    """The guarded form of an adapter layer's class, under the same name."""
     own = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(stock.__name__, (_Guarded, stock), {**own, "stock": stock})
 
 
 def _blank(stock: type[nn.Module]) -> nn.Module:
-    """An instance that is still to be filled, for copies and pickles."""
+    """An instance without attributes, which copies and pickles then fill."""
     cls = _guarded(stock)
     return cls.__new__(cls)
 

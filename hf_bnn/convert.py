@@ -1,4 +1,4 @@
-"""Float to binary (for training), binary to packed (for inference), and back."""
+"""Converts float models to binary ones (for training), binary to packed ones (for inference), and back."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # at run time only training needs the methods: inference work
 def replace_modules(model: nn.Module, replacement: Callable[[str, nn.Module], nn.Module | None]) -> list[str]:
     """Swap, in place, every module for which `replacement(name, module)` is not None; return their names.
 
-    A module that is registered under several names is asked about under the first, and swapped under all. Nothing is
-    swapped before all replacements have been made: one that fails leaves the model as it was.
+    A module registered under several names is passed under its first name and swapped under all. All replacements are
+    made before any is swapped in: if one fails, the model is unchanged.
     """
     made = {module: replacement(name, module) for name, module in model.named_modules() if name}
     names = [name for name, module in model.named_modules() if made.get(module) is not None]
@@ -47,14 +47,17 @@ def binarize_(
 ) -> nn.Module:
     """Turn every `nn.Linear` and `nn.Conv2d` outside `exclude` into a binary layer, in place.
 
-    The float weights become the latent weights. `exclude`: shell-style patterns over the modules' names; one covers all
-    within the module, too. None: of a transformers model what `BinaryConfig` leaves float as well, heads, poolers and
-    what reads the image; of others, layers whose weights are known to be read directly. `nn.MultiheadAttention` stays
-    float throughout: it never calls its projections. `skip` is an older name of `exclude`.
+    The float weights become the latent weights: the float parameters whose signs the binary layers use.
 
-    `levels(name)` makes the levels of a layer's input ({-1, 1} unless given). `binarize`: "both", "weights" or
-    "activations". `weight_scaling`: "channel", "layer" or "none". Raises ValueError for a pattern that matches nothing,
-    for a model that is binary already, and if nothing is left to binarize.
+    - `exclude`: shell-style patterns of module names; a pattern covers everything in a matching module. None, in a
+      transformers model: heads, poolers and layers that read the image, as in `BinaryConfig`. None, in other models:
+      layers whose weights are known to be read directly. `nn.MultiheadAttention` always stays float, because it never
+      calls its projections. `skip` is an older name of `exclude`.
+    - `binarize`: "both", "weights" or "activations".
+    - `levels(name)`: makes the levels of a layer's input; {-1, 1} unless given.
+    - `weight_scaling`: "channel", "layer" or "none".
+
+    Raises ValueError for a pattern that matches nothing, for a model that is already binary, and if no layer is left.
 
     >>> model = binarize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), exclude=["2"])
     >>> [type(module).__name__ for module in model]
@@ -85,7 +88,7 @@ def to_binary_(
     levels: Callable[[str], SignedLevels] | None = None,
     weight_scaling: str = "channel",
 ) -> nn.Module:
-    """Turn the given layers, with their names, into binary ones, in place. They evaluate, but cannot be trained yet."""
+    """Turn the given layers, with their names, into binary ones, in place. Without a method they only evaluate."""
 
     def binary(_: str, module: nn.Module) -> nn.Module | None:
         if module not in layers:
@@ -97,13 +100,38 @@ def to_binary_(
     return leave_fast_path_(model)
 
 
+def to_packed_(
+    model: nn.Module,
+    layers: dict[nn.Module, str],
+    binarize: str = "both",
+    levels: Callable[[str], SignedLevels] | None = None,
+    weight_scaling: str = "channel",
+) -> nn.Module:
+    """Turn the given float layers, with their names, and all rounded tables into packed ones, in place.
+
+    Their bits are still to be loaded. Works on the meta device.
+    """
+    if binarize == "activations":  # such layers have no packed form: the tables alone are packed
+        return empty_packed_(to_binary_(model, layers, binarize, levels, weight_scaling))
+
+    def packed(_: str, module: nn.Module) -> nn.Module | None:
+        if module not in layers:
+            return PACKED[type(module)].empty_like(module) if _packs(module) else None
+        both = binarize == "both"
+        input_levels = levels(layers[module]) if levels and both else None
+        return PACKED[BINARY_CLASSES[type(module)]].empty(module, input_levels, both, weight_scaling)
+
+    replace_modules(model, packed)
+    return leave_fast_path_(model).eval()
+
+
 @torch.no_grad()
 def pack_(model: nn.Module, allow_unfinished: bool = False) -> nn.Module:
     """Replace latent weights by their bits, in place, and switch to evaluation. The model can no longer be trained.
 
-    Raises ValueError if there is nothing to pack, for a weight, scale, level or normalization that is NaN or infinite,
-    and for a model that its method has not finished making binary (a StoMPP run that was stopped early), unless
-    `allow_unfinished` is set. The model then stays as it was.
+    Raises ValueError, and leaves the model unchanged, if there is nothing to pack, if a weight, scale, level or
+    normalization is NaN or infinite, and, unless `allow_unfinished` is set, if the method has not made the whole model
+    binary (a StoMPP run that was stopped early).
 
     >>> model = pack_(binarize_(nn.Sequential(nn.Linear(8, 8))))
     >>> model[0].weight.dtype, model[0].weight.shape
@@ -113,8 +141,7 @@ def pack_(model: nn.Module, allow_unfinished: bool = False) -> nn.Module:
     if (fraction := binary_fraction(model)) < 1 and not allow_unfinished:
         raise ValueError(
             f"the method has made only {fraction:.3f} of this {type(model).__name__} binary: packed, it would compute "
-            "something else than it was trained to. Train to the end, or pack it all the same with "
-            "allow_unfinished=True"
+            "something else than in training. Train to the end, or pack it anyway with allow_unfinished=True"
         )
 
     def packed(name: str, module: nn.Module) -> nn.Module | None:
@@ -126,9 +153,8 @@ def pack_(model: nn.Module, allow_unfinished: bool = False) -> nn.Module:
         if not _packs(module):
             return None
         bits = PACKED[type(module)].from_latent(module)
-        check_finite(
-            f"pack {type(model).__name__}", {f"{name}.weight_scale": bits.weight_scale}
-        )  # float16 may overflow
+        scale = {f"{name}.weight_scale": bits.weight_scale}  # float16 may overflow
+        check_finite(f"pack {type(model).__name__}", scale)
         return bits
 
     check_finite(f"pack {type(model).__name__}", tensors_to_check(model))
@@ -141,24 +167,24 @@ def pack_(model: nn.Module, allow_unfinished: bool = False) -> nn.Module:
 
 
 def set_weight_format(model: nn.Module) -> None:
-    """Write into the configs of the models in `model`, in place, whether their weights are packed.
+    """Write into the config of every binary model in `model`, in place, whether its weights are packed.
 
-    Nested ones as well: the config of a detector holds that of its backbone, by which it is built again.
+    Nested models count: a detector's config holds that of its backbone, from which the backbone is built again.
     """
     for module in model.modules():
-        record = getattr(module, "binary_config", None)
-        if hasattr(record, "weight_format"):
-            latent = "float" if record.binarize == "none" else "latent"
-            record.weight_format = "packed" if is_packed(module) else latent
+        config = getattr(module, "binary_config", None)
+        if hasattr(config, "weight_format"):
+            latent = "float" if config.binarize == "none" else "latent"
+            config.weight_format = "packed" if is_packed(module) else latent
 
 
 def has_fresh_levels(model: nn.Module) -> bool:
-    """Whether any learned levels are as they were made: neither fitted, nor trained, nor loaded."""
+    """Whether any learned levels still have their initial values: neither fitted, trained nor loaded."""
     return any(isinstance(module, LearnedLevels) and module.fresh for module in model.modules())
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether `pack_` would find anything."""
+    """Whether the model has anything that `pack_` replaces."""
     return any(_packs(module) for module in model.modules())
 
 
@@ -173,7 +199,7 @@ def empty_packed_(model: nn.Module) -> nn.Module:
 def unpack_(model: nn.Module) -> nn.Module:
     """Turn packed layers back into trainable ones, in place: latent weights are the signs times their scale.
 
-    The model computes what it did, up to the last bit of the scales. Raises ValueError if nothing is packed.
+    The outputs stay the same, up to the last bit of the scales. Raises ValueError if nothing is packed.
     """
 
     def latent(name: str, module: nn.Module) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""What the binary layers see: from one batch, where the signs of the inputs are constant and a layer learns nothing."""
+"""Reports on the inputs of binary layers over one batch: a layer whose inputs have constant signs learns nothing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .nn.layers import BinaryLayer, WeightedLayer
 from .nn.levels import SignedLevels
 from .nn.packed import PackedConv2d, PackedLinear, is_packed
 
-MANY = 0.5  # the share of constant features, or of dead outputs, above which something is wrong
-NEARLY_ALL = 0.95  # the share of inputs beyond the levels above which hardly any gradient passes
-ENOUGH = 16  # values of a feature from which on it counts that its sign never changes
+MANY = 0.5  # a larger share of constant features, or of dead outputs, is a problem
+NEARLY_ALL = 0.95  # with a larger share of inputs beyond the levels, hardly any gradient passes
+ENOUGH = 16  # fewer values of a feature do not show that its sign never changes
 
 
 class InputReport(NamedTuple):
-    """What one operand of a binary layer looked like over a batch. Shares are fractions, 0 to 1.
+    """One operand of a binary layer over a batch. Shares are fractions, 0 to 1.
 
     >>> from hf_bnn import binarize_
     >>> model = binarize_(nn.Sequential(nn.ReLU(), nn.Linear(8, 8)))
@@ -32,11 +32,11 @@ class InputReport(NamedTuple):
     module: str
     operand: str  # input; left or right of a product of activations
     high: float  # the share of values on the high level
-    constant_features: float  # the share of features (channels) whose sign is the same all over the batch
-    beyond: float  # the share of values further out than the levels, where the straight-through gradient is 0
+    constant_features: float  # the share of features (channels) with the same sign in the whole batch
+    beyond: float  # the share of values beyond the levels, where the straight-through gradient is 0
     dead_outputs: float  # the share of output channels whose weights are all 0
-    calibrated: bool  # the levels were as they were made: these are the shares that calibration would give
-    problem: str | None  # what is wrong, and what helps
+    calibrated: bool  # the levels had their initial values: the shares are those after calibration
+    problem: str | None  # what is wrong, and the remedy
 
     def __str__(self) -> str:
         shares = f"{self.high:6.1%} high {self.constant_features:6.1%} constant {self.beyond:6.1%} beyond"
@@ -64,7 +64,7 @@ class _Tally:
 
     @property
     def values(self) -> int:
-        """How many values there are of each feature."""
+        """The number of values of each feature."""
         return self.total // self.high_features.numel()
 
     def constant_features(self) -> float:
@@ -73,13 +73,13 @@ class _Tally:
 
 
 def check_inputs(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[InputReport]:
-    """How the inputs of the binary layers of a latent or a packed model are spread over their levels, for one batch.
+    """Reports on how one batch spreads the inputs of a latent or packed model's binary layers over their levels.
 
-    One report per layer with binary inputs, and per operand of a BinaryMatmul, in the order of execution; layers that
-    the batch does not reach come last. The model is run in evaluation, and once as in training, to find the layers that
-    it passes by (see `hf_bnn.bypassed_layers`); it is afterwards as it was. Learned levels that were never
-    fitted are fitted to the batch for the time being, as BinaryTrainer does before its first step; those of a packed
-    model stay, since nobody will fit them. Raises ValueError if no layer has binary inputs.
+    There is one report per layer with binary inputs and per operand of a BinaryMatmul, in the order of execution.
+    Layers that the batch does not reach come last. The model runs in evaluation mode, and once in training mode to
+    find bypassed layers (see `hf_bnn.bypassed_layers`); afterwards it is unchanged. Learned levels that were never
+    fitted are fitted to the batch temporarily, as BinaryTrainer does before its first step. A packed model's levels
+    stay as they are. Raises ValueError if no layer has binary inputs.
 
     >>> from hf_bnn import binarize_
     >>> print(*check_inputs(binarize_(nn.Sequential(nn.Linear(2, 8))), torch.eye(2) - 0.5), sep="\\n")
@@ -121,7 +121,7 @@ def check_inputs(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> list[In
 
 
 def _operands(module: nn.Module) -> list[tuple[str, SignedLevels, int | None]]:
-    """(name, levels, dimension of the features, if it has any) of each binary operand of a layer."""
+    """(name, levels, dimension of the features or None) of each binary operand of a layer."""
     features = -3 if isinstance(module, nn.Conv2d) else -1
     if isinstance(module, PackedLinear | PackedConv2d):
         return [("input", module.input_levels, features)] if module.binary_inputs else []
@@ -133,7 +133,7 @@ def _operands(module: nn.Module) -> list[tuple[str, SignedLevels, int | None]]:
 
 
 def _dead_outputs(layer: nn.Module) -> float:
-    """The share of output channels whose scale is 0: all their weights are."""
+    """The share of output channels whose scale, and so every weight, is 0."""
     if isinstance(layer, BinaryLayer) and not isinstance(layer, WeightedLayer):
         return 0.0
     scale = layer.scale() if isinstance(layer, WeightedLayer) else layer.weight_scale
@@ -154,9 +154,9 @@ def _report(module: str, operand: str, tally: _Tally, dead: float, bypassed: boo
 
 
 def _problem(tally: _Tally, high: float, constant: float, beyond: float, dead: float) -> str | None:
-    """What is wrong, in words, the worst first; None if nothing is."""
+    """The worst problem, in words; None if there is none."""
     if tally.nonfinite:
-        return f"{tally.nonfinite} of {tally.total} values of its input are NaN or infinite, whose signs mean nothing"
+        return f"{tally.nonfinite} of {tally.total} values of its input are NaN or infinite: their signs mean nothing"
     if high == 1 and tally.unsigned:
         return "its input is never below the threshold: it says nothing; calibrate its levels (hf_bnn.calibrate_)"
     if high == 1:
@@ -166,7 +166,7 @@ def _problem(tally: _Tally, high: float, constant: float, beyond: float, dead: f
         )
     if high == 0:
         return (
-            "its input is never above the threshold: it is on the low level throughout, and says nothing; put a "
+            "its input is never above the threshold: every value is on the low level and says nothing; put a "
             "BatchNorm before it, calibrate its levels (hf_bnn.calibrate_), or exclude it"
         )
     if constant > MANY and tally.values >= ENOUGH:

@@ -1,4 +1,4 @@
-"""Which binary layers a model runs, and which it passes by: seen in a forward pass that is watched."""
+"""Finds binary layers that a model bypasses, by watching a forward pass."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SHOWN = 4  # names in an error
 
 
 def bypassed_layers(model: nn.Module, run: Callable[[], object]) -> list[str]:
-    """The binary layers whose weights `run()` reads without calling them, by name: the model takes them for float ones.
+    """The names of the binary layers whose weights `run()` reads without calling them, as if they were float.
 
-    The model is run as in evaluation and, unless it is packed, as in training too, where stock models may take another
-    path; binary layers and normalizations evaluate even then. So `run` is called twice at most; the model is afterwards
-    as it was. Layers that `run` merely does not reach are not among them.
+    `run` is called in evaluation mode and, unless the model is packed, in training mode, where stock models may take
+    another path; binary layers and normalizations evaluate even then. Afterwards the model is unchanged. Layers that
+    `run` does not reach are not included.
 
     >>> from hf_bnn import binarize_
     >>> model = binarize_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
@@ -40,7 +40,7 @@ def bypassed_layers(model: nn.Module, run: Callable[[], object]) -> list[str]:
         with untouched(model), torch.no_grad():
             model.train(training)
             for module in model.modules():
-                if module in layers or isinstance(module, _NormBase):  # a batch of one has no statistics
+                if module in layers or isinstance(module, _NormBase):  # a batch of one has no statistics in training
                     module.eval()
             found.update(_bypassed(model, layers, run))
     return [name for layer, name in layers.items() if layer in found]
@@ -49,7 +49,7 @@ def bypassed_layers(model: nn.Module, run: Callable[[], object]) -> list[str]:
 def check_layers_run(model: nn.Module, run: Callable[[], object]) -> None:
     """Raise ValueError, with the names, if `run()` reads the weights of binary layers without calling them.
 
-    Such layers would be float in all but name, and fail once they are packed.
+    Such layers would compute in float, and fail once they are packed.
     """
     names = bypassed_layers(model, run)
     if names:
@@ -62,9 +62,9 @@ def check_layers_run(model: nn.Module, run: Callable[[], object]) -> None:
 
 
 def _bypassed(model: nn.Module, layers: Iterable[nn.Module], run: Callable[[], object]) -> list[nn.Module]:
-    """Those of the layers that do not run although an operation takes their weights, in one call of `run`."""
+    """The layers that one call of `run` does not execute although an operation takes their weights."""
     ran: set[nn.Module] = set()
-    # Not hooks of the layers: with one of these inside, torch's own encoder layers leave their fast path.
+    # A global hook: hooks on the layers would take torch's own encoder layers off their fast path.
     hook = register_module_forward_pre_hook(lambda module, inputs: ran.add(module))
     try:
         with _Operands() as operands:
@@ -72,7 +72,7 @@ def _bypassed(model: nn.Module, layers: Iterable[nn.Module], run: Callable[[], o
     finally:
         hook.remove()
     for module in list(ran):
-        if isinstance(module, Fused):  # it runs its parts without calling them
+        if isinstance(module, Fused):  # runs its parts without calling them
             ran.update(module.modules())
     others = {id(t) for module in model.modules() if not isinstance(module, BINARY_LAYERS) for t in _own(module)}
     return [
@@ -83,13 +83,13 @@ def _bypassed(model: nn.Module, layers: Iterable[nn.Module], run: Callable[[], o
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
-    """The module's own tensors, but for its bias, which says nothing of what becomes of its weight."""
+    """The module's own tensors without its bias, whose use shows nothing about its weight."""
     for tensors in (module._parameters, module._buffers):
         yield from (tensor for name, tensor in tensors.items() if tensor is not None and name != "bias")
 
 
 class _Operands(TorchDispatchMode):
-    """Notes, by identity, every tensor that an operation takes."""
+    """Collects the identities of all tensors that operations take."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class _Operands(TorchDispatchMode):
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """For a while anything may run; then every mode, learned level, buffer and random state is as before."""
+    """A context that restores every mode, learned level, buffer and random state on leaving."""
     modes = [(module, module.training) for module in model.modules()]
     levels = [module for module in model.modules() if isinstance(module, LearnedLevels) and module.fresh]
     own = [module for module in model.modules() if not isinstance(module, (*BINARY_LAYERS, *PACKED.values()))]

@@ -1,4 +1,4 @@
-"""Digests of files, so that a truncated or altered checkpoint is told from a good one."""
+"""Digests of files, by which truncated or altered checkpoints are detected."""
 
 import errno
 import hashlib
@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 MANIFEST = "hf_bnn_manifest.json"
-# Of files by their names: Trainer's, FSDP's and DeepSpeed's weights, and all that somebody who resumes would read.
+# Patterns of file names: the weights of Trainer, FSDP and DeepSpeed, and all files that a resumed run loads.
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.distcp", "*_model_states.pt")
 LOADED = (
     *WEIGHTS,
@@ -40,7 +40,7 @@ def _digest(file) -> str:  # Python 3.10
 
 
 def verify_files(folder: str | os.PathLike, digests: dict[str, str]) -> None:
-    """Raise CorruptCheckpointError unless every named file in `folder` has the digest that was noted for it."""
+    """Raise CorruptCheckpointError unless every file named in `digests` is in `folder` and has its digest."""
     for name, expected in digests.items():
         path = Path(folder) / name
         if not path.is_file():
@@ -53,7 +53,7 @@ def verify_files(folder: str | os.PathLike, digests: dict[str, str]) -> None:
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part, also after a power cut."""
+    """Write a text file so that readers see the old or the new text, never a part, even after a power cut."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -64,7 +64,7 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Wait until a file's contents, or a folder's list of names, are on the disk."""
+    """Wait until a file's contents, or a folder's list of names, is on the disk."""
     if os.name == "nt" and Path(path).is_dir():  # Windows opens no folders
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -78,7 +78,7 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def write_manifest(folder: str | os.PathLike) -> None:
-    """Note the digest of every file in `folder` and below. Written last, it is the sign that the folder is complete."""
+    """Write the digests of all files in `folder` and below. Written last, the manifest marks the folder as complete."""
     digests = {}
     for name in _files_in(folder):
         digests[name] = file_digest(Path(folder) / name)
@@ -87,7 +87,7 @@ def write_manifest(folder: str | os.PathLike) -> None:
 
 
 def drop_manifest(folder: str | os.PathLike) -> None:
-    """Mark `folder` as incomplete, in place: call it before the first of its files is written again."""
+    """Mark `folder` as incomplete by deleting its manifest. Call it before rewriting any of its files."""
     path = Path(folder) / MANIFEST
     if path.is_file():
         path.unlink()
@@ -95,14 +95,14 @@ def drop_manifest(folder: str | os.PathLike) -> None:
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
-    """Whether the folder has a manifest: its writer came to the end."""
+    """Whether the folder has a manifest, so that its writer finished."""
     return (Path(folder) / MANIFEST).is_file()
 
 
 def verify_manifest(folder: str | os.PathLike, needed: tuple[str, ...] = ()) -> None:
-    """Raise CorruptCheckpointError unless the folder is complete and every file in it is as it was written.
+    """Raise CorruptCheckpointError unless the folder is complete and its files are unaltered.
 
-    The manifest must name the weights, the files `needed`, and whatever else in the folder a program would load.
+    The manifest must name the weights, the files `needed`, and every other file here that a program would load.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -124,10 +124,10 @@ def verify_manifest(folder: str | os.PathLike, needed: tuple[str, ...] = ()) -> 
 
 
 def _read_manifest(path: Path) -> dict[str, str]:
-    """{name: digest}. Raises CorruptCheckpointError for anything else, and for names that lead out of the folder."""
+    """{name: digest}. Raises CorruptCheckpointError for other content and for names outside the folder."""
     try:
         digests = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+    except ValueError as error:  # including JSONDecodeError and UnicodeDecodeError
         raise CorruptCheckpointError(f"{path} cannot be read ({error}): resume from an earlier checkpoint-N") from error
     if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
         raise CorruptCheckpointError(
@@ -144,6 +144,6 @@ def _is_one_of(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _files_in(folder: str | os.PathLike) -> list[str]:
-    """The names of the files in the folder and below, but for manifests."""
+    """The names of the files in the folder and below, without manifests."""
     found = (path for path in Path(folder).rglob("*") if path.is_file() and path.name != MANIFEST)
     return sorted(path.relative_to(folder).as_posix() for path in found)

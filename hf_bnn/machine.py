@@ -1,4 +1,4 @@
-"""What measurements depend on, and how they are made: the machine, and rounds in which the timed calls take turns."""
+"""Measurements: a description of the machine, and timings in interleaved rounds."""
 
 import os
 import platform
@@ -11,13 +11,13 @@ import torch
 
 
 def processor() -> str:
-    """The processor's name, as the system gives it."""
+    """Name of the processor, as the system reports it."""
     names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def environment(**settings: object) -> dict:
-    """The machine and the versions, for a benchmark's JSON, and the benchmark's own `settings`."""
+    """Machine, versions and the given `settings`, for the JSON file of a benchmark."""
     return {
         "cpu": processor(),
         "cores": os.cpu_count(),
@@ -30,7 +30,7 @@ def environment(**settings: object) -> dict:
 
 
 def median_ms(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, float]:
-    """Median milliseconds of each call, by its name. The calls take turns; the first rounds only warm up.
+    """Median milliseconds per call, by name. The calls take turns in each round; the first rounds warm up.
 
     >>> sorted(median_ms({"one": lambda: 1, "two": lambda: 2}, rounds=3))
     ['one', 'two']

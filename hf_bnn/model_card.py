@@ -1,4 +1,4 @@
-"""What a model card says of a binary model: what is binary in it, how small it is, how to run it, what it cannot do."""
+"""The model card of a binary model: what is binary, its size, how to run it, and its limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from .summary import summary
 
-TO_DO = "More information needed"  # what transformers writes where it knows nothing
+TO_DO = "More information needed"  # transformers' placeholder
 
 LAYERS = "of its linear and convolution layers but those below"
 WHAT_IS_BINARY = {
@@ -23,11 +23,11 @@ WHAT_IS_BINARY = {
 
 
 class Facts(NamedTuple):
-    """What a card is made of. `structure` holds the fields of the model's config, or of its quantization_config."""
+    """The content of a card. `structure` holds the fields of the model's config or of its quantization_config."""
 
     architecture: str  # the model's class
     structure: Mapping[str, Any]
-    method: str  # that trained the weights
+    method: str  # the one that trained the weights
     binary_share: float  # of all weights, 0 to 1
     matrix_compression: float | None  # float32 bytes of the binary matrices over their packed bytes; None without any
     packed: bool = True  # whether the file holds bits, or latent float weights
@@ -35,15 +35,15 @@ class Facts(NamedTuple):
 
 
 def facts_of(model: nn.Module, packed: bool) -> Facts:
-    """The facts of a latent or a packed transformers model that is saved `packed`."""
-    record, counted = model.binary_config.to_dict(), summary(model)
-    plugged_in = record.get("quant_method") is not None
-    trained = record.get("method") or getattr(model.config, "method", None) or {}
+    """The facts of a latent or packed transformers model. `packed`: whether its file holds bits."""
+    config, counted = model.binary_config.to_dict(), summary(model)
+    plugged_in = config.get("quant_method") is not None
+    trained = config.get("method") or getattr(model.config, "method", None) or {}
     settings = ", ".join(f"{key}={value}" for key, value in trained.items() if key not in ("name", "class"))
     method = f"{trained.get('name', 'unknown')}" + (f" ({settings})" if settings else "")
     name = type(model).__name__
     compression = counted.matrix_compression if counted.binary_weights else None
-    return Facts(name, record, method, counted.binary_share, compression, packed, plugged_in)
+    return Facts(name, config, method, counted.binary_share, compression, packed, plugged_in)
 
 
 def description(facts: Facts) -> str:
@@ -72,9 +72,9 @@ def description(facts: Facts) -> str:
 
 
 def usage(facts: Facts, name: str, beside_float: bool = False) -> str:
-    """The section on how to load it, and on what not to expect. `name` is the repository or the folder.
+    """The section on how to load the model, and on its limits. `name` is the repository or the folder.
 
-    `beside_float`: the card has a table with a column `float` as well as one `binary`.
+    `beside_float`: the card has a table with the columns `float` and `binary`.
     """
     optimized = facts.packed and not facts.plugged_in
     call = f'{facts.architecture}.from_pretrained("{name}"{", optimize=True" if optimized else ""})'
@@ -91,9 +91,9 @@ def usage(facts: Facts, name: str, beside_float: bool = False) -> str:
 
 
 def without_paths(card: str, sources: Iterable[str | None]) -> str:
-    """The card with the last part in the place of each of `sources` that is a path of this machine.
+    """The card with every source that is a local path shortened to its last part.
 
-    Such a model is no `base_model` that the Hub could link to.
+    The Hub cannot link to such a `base_model`, so that line is dropped.
     """
     for source in filter(None, sources):
         if os.path.isabs(source) or os.path.isdir(source) or source.startswith("."):
@@ -104,12 +104,12 @@ def without_paths(card: str, sources: Iterable[str | None]) -> str:
 
 
 def body(facts: Facts, name: str) -> str:
-    """A whole card but for its metadata, for the repository `name`."""
+    """A whole card without its metadata, for the repository `name`."""
     return f"# {name.rpartition('/')[2]}\n\n{description(facts)}\n\n## How to use it\n\n{usage(facts, name)}\n"
 
 
 def completed(card: str, facts: Facts, name: str) -> str:
-    """transformers' draft of a card with the two sections in the place of what it leaves open."""
+    """transformers' draft of a card, with its placeholders replaced by the two sections."""
     for heading, text in (
         ("## Model description", description(facts)),
         ("## Intended uses & limitations", usage(facts, name)),

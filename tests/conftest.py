@@ -1,4 +1,4 @@
-"""What every test shares: no network, quiet transformers, the same seed."""
+"""Settings of every test: no network, quiet transformers, the same seed."""
 
 import json
 import os

@@ -106,7 +106,7 @@ class FakeHub:
         self.thread.join()
 
     def environment(self, cache: Path) -> dict[str, str]:
-        """What a subprocess needs in its environment to see this Hub, with all its caches under `cache`."""
+        """The environment in which a subprocess sees this Hub, with all its caches under `cache`."""
         local = {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
         switches = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_TOKEN": "hf_fake", **switches, **local}
@@ -121,7 +121,7 @@ class FakeHub:
         return repository
 
     def files(self, kind: str, name: str, revision: str = "main") -> Files:
-        """What a repository holds."""
+        """The files of a repository."""
         repository = self.find(kind, name)
         return repository.commits[repository.resolve(revision)]
 
@@ -181,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def account(self, path: str, data: bytes) -> dict[str, Any]:
-        """What does not belong to a repository."""
+        """Answer requests that concern no repository."""
         hub = self.hub
         if path == "/api/whoami-v2":
             token = {"type": "access_token", "accessToken": {"role": "write"}}
@@ -199,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise HubError(404, f"not faked: {path}")
 
     def api(self, kind: str, name: str, verb: str | None, revision: str, data: bytes) -> object:
-        """What is asked of one repository."""
+        """Answer requests that concern one repository."""
         repository = self.hub.find(kind, name)
         if verb == "preupload":
             wishes = json.loads(data)["files"]

@@ -125,15 +125,6 @@ static void check_matrices(int set, parallel_for pool, int64_t rows, int64_t siz
     for (int64_t i = 0; i < rows * hidden; i++) {
         expect(set, "linear", i, h[i], dot_of_signs(x + i / hidden * size, w + i % hidden * size, size), 0);
     }
-    float *row_scale = numbers(rows), *offset = numbers(hidden);
-    failures += hf_bnn_linear_row_scaled(&plan.first, x, size, rows, 3, row_scale, offset, h);
-    for (int64_t i = 0; i < rows * hidden; i++) {
-        float sum = (float)dot_of_signs(x + i / hidden * size, w + i % hidden * size, size);
-        const float scaled = sum * row_scale[i / hidden];
-        expect(set, "row scale", i, h[i], scaled + offset[i % hidden], 0);
-    }
-    free(row_scale), free(offset);
-    failures += hf_bnn_linear(&plan.first, x, size, rows, 3, h);
     for (int64_t i = 0; i < rows * hidden; i++) { /* the hidden signs, for what follows */
         h[i] = h[i] >= -3 && h[i] < 2 ? -1 : 1;
     }
@@ -437,7 +428,7 @@ static void check_pooling(int set, parallel_for pool)
     const int64_t pixels = s.out_height * s.out_width;
     float *x = numbers(s.batch * s.height * s.width * s.channels), *alpha = numbers(s.channels);
     float *beta = numbers(s.channels), *y = array(s.batch * pixels * s.channels, sizeof *y);
-    failures += hf_bnn_max_pool(set, pool, 3, &s, x, alpha, beta, (int)below(2), y);
+    failures += hf_bnn_max_pool(set, pool, &s, x, alpha, beta, (int)below(2), y);
     for (int64_t i = 0; i < s.batch * pixels * s.channels; i++) {
         const int64_t c = i % s.channels, pixel = i / s.channels % pixels, image = i / s.channels / pixels;
         float most = -INFINITY;

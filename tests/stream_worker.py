@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from test_image_streams import BATCH, PREPROCESSING, ROWS, TRAINING, stream, table
 from transformers import TrainingArguments
 
-from hf_bnn.tasks.images.data import Collator, StreamedPictures
+from hf_bnn.tasks.images.pictures import Collator, StreamedPictures
 from hf_bnn.tasks.images.streams import SharedStreams, rows_per_turn
 
 

@@ -1,4 +1,4 @@
-"""Adapters of PEFT on latent, packed and optimized models: float, beside the binary layers, never merged into them."""
+"""PEFT adapters on latent, packed and optimized models stay float beside the binary layers and are never merged."""
 
 import copy
 import pickle

@@ -11,16 +11,16 @@ from transformers.training_args import ParallelMode
 
 from hf_bnn import BinaryTrainer, BinaryTrainingArguments, optimize_, pack_
 from hf_bnn.models import plain_trainer
-from hf_bnn.nn import packed
+from hf_bnn.nn import packed_base
 from hf_bnn.training import argument_checks
 
 
 @pytest.fixture
 def warnings(caplog):
-    """What is logged, where each warning that comes once in a process may come again."""
+    """The log, in which a warning that comes once in a process may come again."""
     for once in (argument_checks._warn_of_rate, argument_checks._warn_of_missing_teacher, plain_trainer._warn):
         once.cache_clear()
-    packed.warn_of_training.cache_clear()
+    packed_base.warn_of_training.cache_clear()
     with caplog.at_level(logging.WARNING):
         yield caplog
 

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import bench_methods as bench
 import pytest
+import stompp_order
 import torch
+from fsg_comparison import fsg_summary
+from method_training import Training, interval
 from small_nets import digits, fashion_mnist, float_ends, plain_mlp, resnet
+from stompp_order import ORDERS, Arm, Net, order_table, run_arm
 
 from hf_bnn import binarize_
 from hf_bnn.methods import STE, Stompp
 from hf_bnn.nn.layers import binary_layers
 
-SHORT = bench.Training(steps=12, batch=32, lr=0.05)
+SHORT = Training(steps=12, batch=32, lr=0.05)
 
 
 def test_stompp_order_prints_the_table_and_goes_on_from_its_json(tmp_path: Path, capsys):
@@ -21,15 +25,15 @@ def test_stompp_order_prints_the_table_and_goes_on_from_its_json(tmp_path: Path,
     command = ["stompp-order", "--steps", "3", "--batch", "32", "--nets", "plain, 6 layers", "--output", str(output)]
     bench.main([*command, "--seeds", "0"])
     first = json.loads(output.read_text(encoding="utf-8"))
-    assert {row["arm"] for row in first["rows"]} == set(bench.ORDERS)
+    assert {row["arm"] for row in first["rows"]} == set(ORDERS)
     assert {"cpu", "torch", "threads", "command", "steps", "lr", "batch", "data"} <= set(first["environment"])
     bench.main([*command, "--seeds", "0", "1"])
     second = json.loads(output.read_text(encoding="utf-8"))
     assert second["rows"][: len(first["rows"])] == first["rows"]
-    assert [row["seed"] for row in second["rows"]] == [0] * len(bench.ORDERS) + [1] * len(bench.ORDERS)
+    assert [row["seed"] for row in second["rows"]] == [0] * len(ORDERS) + [1] * len(ORDERS)
     printed = capsys.readouterr().out
     assert "| *forward* minus *reverse* |" in printed
-    assert printed.count("seed 0") == len(bench.ORDERS)  # not run a second time
+    assert printed.count("seed 0") == len(ORDERS)  # not run a second time
 
 
 def test_going_on_with_other_settings_is_refused(tmp_path: Path):
@@ -51,8 +55,8 @@ def test_fsg_prints_the_paired_interval_and_the_cost(tmp_path: Path, capsys):
 
 
 def test_a_run_repeats_itself_and_the_seed_changes_it():
-    data, net = digits(), bench.Net(lambda pixels: plain_mlp(2, 16, pixels), "both", {})
-    found = [bench.run_arm(net, bench.Arm(Stompp()), data, SHORT, seed) for seed in (0, 0, 1)]
+    data, net = digits(), Net(lambda pixels: plain_mlp(2, 16, pixels), "both", {})
+    found = [run_arm(net, Arm(Stompp()), data, SHORT, seed) for seed in (0, 0, 1)]
     assert found[0] == found[1] != found[2]
 
 
@@ -62,23 +66,23 @@ def test_all_arms_see_the_same_batches_and_start_from_the_same_weights(monkeypat
     def note(model, method, data, training, seed):
         seen[method.name] = [p.detach().clone() for p in model.parameters()]
 
-    monkeypatch.setattr(bench, "train", note)
-    net = bench.Net(lambda pixels: plain_mlp(2, 16, pixels), "both", {})
+    monkeypatch.setattr(stompp_order, "train", note)
+    net = Net(lambda pixels: plain_mlp(2, 16, pixels), "both", {})
     for method in (STE(), Stompp()):
-        bench.run_arm(net, bench.Arm(method), digits(), SHORT, 0)
+        run_arm(net, Arm(method), digits(), SHORT, 0)
     assert all(torch.equal(a, b) for a, b in zip(seen["ste"], seen["stompp"], strict=True))
 
 
 def test_the_interval_is_students():
     # By hand: mean 2, standard deviation 1, t(0.975, 2) = 4.3027: 4.3027 / sqrt(3) = 2.4841.
-    assert bench.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, -0.4841, 4.4841), abs=1e-4)
-    assert bench.interval([1.0]) == (1.0, float("-inf"), float("inf"))
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, -0.4841, 4.4841), abs=1e-4)
+    assert interval([1.0]) == (1.0, float("-inf"), float("inf"))
 
 
 def test_a_mean_over_fewer_seeds_than_the_others_says_so():
     rows = [{"net": "plain, 6 layers", "arm": "ste", "seed": seed, "accuracy": 80.0 + seed} for seed in range(3)]
     rows += [{**row, "arm": "ste, scaled"} for row in rows[:2]]
-    table = bench.order_table(rows).splitlines()
+    table = order_table(rows).splitlines()
     assert "| ste | 81.0 ± 1.0 |" in table
     assert "| ste, scaled | 80.5 ± 0.7 (2 of 3 seeds) |" in table
 
@@ -94,8 +98,8 @@ def test_only_the_chosen_arms_are_run(tmp_path: Path):
 
 def test_non_inferiority_needs_the_whole_interval_above_the_margin():
     rows = [{"fsg": 80.0 + d, "ste": 80.0} for d in (-0.2, 0.0, 0.2, 0.1)]
-    assert "non-inferior at a margin of 1.0" in bench.fsg_summary(rows, 1.0)
-    assert "not shown to be non-inferior" in bench.fsg_summary(rows, 0.1)
+    assert "non-inferior at a margin of 1.0" in fsg_summary(rows, 1.0)
+    assert "not shown to be non-inferior" in fsg_summary(rows, 0.1)
 
 
 def test_the_first_last_and_downsampling_layers_stay_float():

@@ -1,4 +1,4 @@
-"""More tokens than a BERT has positions are one clear error, in whatever state it is."""
+"""More tokens than positions raise one clear error in a latent, packed or optimized BERT."""
 
 import pytest
 import torch

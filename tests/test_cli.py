@@ -4,13 +4,17 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import FakeHub
+from image_runs import VIT, write_folder
 from test_run_glue import QUIET, rows, save_bert, write
 from tiny import SIZE, different, tiny_float_bert, tiny_resnet, tiny_vit
 from transformers import AutoModelForSequenceClassification, ViTImageProcessorPil
@@ -50,7 +54,7 @@ def latent(models: Path, tmp_path: Path) -> Path:
 
 
 def told(capsys: pytest.CaptureFixture, *words: object, code: int = 0) -> str:
-    """What a command prints to stdout; it must end with this exit code."""
+    """The stdout of a command that must end with this exit code."""
     capsys.readouterr()
     assert main([str(word) for word in words]) == code
     return capsys.readouterr().out
@@ -73,6 +77,13 @@ def test_the_console_script_has_the_name_that_hf_extensions_needs():
     assert 'hf-bnn = "hf_bnn.cli:main"' in (ROOT / "pyproject.toml").read_text().partition("[project.scripts]\n")[2]
     extensions = pytest.importorskip("huggingface_hub.cli.extensions")
     assert extensions._get_executable_name("bnn").removesuffix(".exe") == "hf-bnn"
+
+
+def test_the_repository_holds_what_hf_extensions_reads():
+    assert not (ROOT / "hf-bnn").exists()  # it would be installed as a shell script in place of the package
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    description = next(line for line in lines if line.startswith("description"))  # found so, and shown by `hf --help`
+    assert description.startswith('description = "Binary BERT')
 
 
 def test_help_names_every_command(capsys):
@@ -215,6 +226,68 @@ def test_pack_refuses_an_unfinished_stompp_run(capsys, models: Path, tmp_path: P
     told(capsys, "pack", run / "checkpoint-4", tmp_path / "finished")
     one, other = (BinaryBertForSequenceClassification.from_pretrained(p) for p in (tmp_path / "finished", run))
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+# Models on the Hub
+
+
+def on_hub(hub: FakeHub, cache: Path, *commands: list[object]) -> list[tuple[int, str, str]]:
+    """Run commands in one process that sees this Hub; the exit code, stdout and stderr of each."""
+    code = (
+        "import contextlib, io, json, sys\nfrom hf_bnn.cli import main\nfound = []\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:\n"
+        "        code = main(words)\n"
+        "    found.append((code, out.getvalue(), err.getvalue()))\n"
+        "print(json.dumps(found))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **hub.environment(cache)}
+    words = [sys.executable, "-c", code, json.dumps([[str(word) for word in command] for command in commands])]
+    done = subprocess.run(words, env=environment, cwd=cache, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [tuple(found) for found in json.loads(done.stdout.splitlines()[-1])]
+
+
+@pytest.mark.multiprocess
+def test_commands_take_a_revision_of_a_model_on_the_hub(capsys, models: Path, tmp_path: Path):
+    expected = [told(capsys, *words) for words in (["summary", models / "packed"], ["card", models / "packed"])]
+    with FakeHub() as hub:
+        repository = hub.add("model", "me/tiny", models / "float")
+        repository.commit({path.name: path.read_bytes() for path in (models / "packed").iterdir()}, "binary")
+        chosen = ["--revision", "binary"]
+        commands = [["summary", "me/tiny", *chosen], ["card", "me/tiny", *chosen, "--name", "packed"]]
+        commands += [["check", "me/tiny", *chosen, "--text", "the film was good", "--json"]]
+        commands += [["predict", "me/tiny", *chosen, "--text", "the film was good"], ["summary", "me/tiny"]]
+        commands += [["summary", "me/tiny", "--revision", "none"]]
+        summary, card, check, predict, main_branch, missing = on_hub(hub, tmp_path, *commands)
+    assert [summary[:2], card[:2]] == [(0, expected[0]), (0, expected[1])]
+    assert len(json.loads(check[1])["layers"]) == 6
+    assert predict[0] == 0
+    assert predict[1].startswith("prediction\tscore\t")
+    assert main_branch[0] == 2
+    assert "holds a 'bert' model, which is not binary" in main_branch[2]
+    assert missing[0] == 2
+    assert "none is not a valid git identifier" in missing[2]
+
+
+def test_a_folder_has_no_revision(capsys, models: Path, tmp_path: Path):
+    message = f"--revision v1 is for a model on the Hub, but {models / 'latent'} is a folder: leave it out"
+    for words in (["summary", models / "latent"], ["pack", models / "latent", tmp_path / "packed"]):
+        assert message in error(capsys, *words, "--revision", "v1")
+
+
+@pytest.mark.multiprocess
+def test_a_model_on_the_hub_is_packed_with_its_tokenizer(models: Path, tmp_path: Path):
+    with FakeHub() as hub:
+        hub.add("model", "me/latent", models / "latent")
+        ((code, text, told_of),) = on_hub(hub, tmp_path, ["pack", "me/latent", tmp_path / "packed", "--json"])
+    assert code == 0, told_of
+    found = json.loads(text)
+    assert set(PROCESSOR_FILES) <= set(found["processor_files"])
+    assert found["bytes"] == (tmp_path / "packed" / "model.safetensors").stat().st_size
+    model = BinaryBertForSequenceClassification.from_pretrained(tmp_path / "packed")
+    expected = pack_(BinaryBertForSequenceClassification.from_pretrained(models / "latent"))
+    assert different(model.state_dict(), expected.state_dict()) == []
 
 
 # predict
@@ -411,3 +484,67 @@ def test_compare_trains(capsys, models: Path, tmp_path: Path):
     assert row["seconds"] > 0
     assert row["peak_bytes"] > 1e8
     assert (tmp_path / "ste" / "seed-0" / "model.safetensors").is_file()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_compare_trains_on_images(capsys, tmp_path: Path):
+    data = ["--train_dir", write_folder(tmp_path / "train"), "--validation_dir", write_folder(tmp_path / "validation")]
+    words = ["--methods", "ste", "float", "--seeds", 0, *VIT, *data, "--max_steps", 2, *QUIET]
+    found = json.loads(told(capsys, "compare", "images", *words, "--output_dir", tmp_path / "out", "--json"))
+    assert [row["method"] for row in found["methods"]] == ["ste", "float"]
+    assert found["metric"] == "eval_accuracy"
+    kept = [json.loads((tmp_path / f"out/{name}/seed-0/config.json").read_text()) for name in ("ste", "float")]
+    assert [config["weight_format"] for config in kept] == ["packed", "float"]
+
+
+def test_ctrl_c_stops_compare_and_the_same_command_goes_on(
+    capsys, scores: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    words = ["compare", "text", "--methods", "ste", "surge", "--seeds", 0, "--output_dir", tmp_path]
+    scores[("ste", 0)] = 0.5
+    launch = compare.launch
+
+    def stopped(kind: str, given: list[str]) -> tuple[int, int]:
+        if "surge" in given:
+            raise KeyboardInterrupt
+        return launch(kind, given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "launch", stopped)
+        assert error(capsys, *words, code=130) == "hf-bnn compare: stopped"
+    assert not (tmp_path / "comparison.json").exists()
+    scores[("surge", 0)] = 0.6
+    found = json.loads(told(capsys, *words, "--json"))
+    assert [row["values"] for row in found["methods"]] == [[0.5], [0.6]]
+    assert [row["seconds"] for row in found["methods"]] == [2.0, None]  # the second one was interrupted
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_ctrl_c_ends_the_training_that_compare_has_started(models: Path, tmp_path: Path):
+    data = ["--train_file", models / "rows.jsonl", "--validation_file", models / "rows.jsonl", "--max_steps", 100_000]
+    words = ["--methods", "ste", "--seeds", 0, "--model_name_or_path", models / "float", *data, *QUIET]
+    words += ["--save_strategy", "steps", "--save_steps", 5, "--output_dir", tmp_path]
+    # A program that a shell has started in the background ignores SIGINT, and so would those that it starts.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from hf_bnn.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "compare", "text", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    folder, end = tmp_path / "ste" / "seed-0", time.monotonic() + 120
+    try:
+        while not list(folder.glob("checkpoint-*/hf_bnn_run.json")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "hf-bnn compare: stopped"
+    assert "Traceback" not in said
+    before = sorted(path.name for path in folder.iterdir())
+    time.sleep(1)
+    assert sorted(path.name for path in folder.iterdir()) == before  # nothing trains on

@@ -1,4 +1,4 @@
-"""Float to binary to packed and back: which layers, in which order, and what is said when there are none."""
+"""Float to binary to packed and back: which layers, in which order, and the errors where there are none."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,11 @@ from tiny import make_net, optimizer_of, tiny_model, train_steps
 from torch import Tensor, nn
 
 from hf_bnn import binarize_, calibrate_, install_method, pack_, unpack_
-from hf_bnn.convert import empty_packed_, replace_modules, to_binary_
+from hf_bnn.convert import empty_packed_, replace_modules, to_binary_, to_packed_
 from hf_bnn.install import drop_method
 from hf_bnn.methods import Method, Part, Site, Surge
 from hf_bnn.nn.attention import BinaryMatmul
+from hf_bnn.nn.embeddings import Int8Embedding
 from hf_bnn.nn.layers import BinaryLinear, binary_layers
 from hf_bnn.nn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.selection import choose_layers, matches
@@ -148,7 +149,7 @@ def test_parts_are_in_the_mode_of_their_layer(training: bool):
 
 
 class Scaled(nn.Module):
-    """Two binary layers; the second sees what the first puts out."""
+    """Two binary layers; the second reads the output of the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,3 +259,44 @@ def test_calibration_leaves_a_frozen_module_in_evaluation():
     model[0].eval()
     calibrate_(model, lambda: model(torch.randn(4, 8)))
     assert [module.training for module in model] == [False, True]
+
+
+class Mixed(nn.Module):
+    """Every kind of layer that packing replaces, and one that stays float."""
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.table = Int8Embedding.from_float(nn.Embedding(7, 10, 2, device=device))
+        self.first = nn.Linear(10, 6, bias=False, device=device)
+        self.conv = nn.Conv2d(6, 12, 3, padding="same", groups=2, device=device)
+        self.narrow = nn.Linear(6, 4, device=device, dtype=torch.float16)
+        self.shared = self.first
+        self.head = nn.Linear(4, 2, device=device)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("binarize", ["both", "weights", "activations"])
+@pytest.mark.parametrize("levels", [None, lambda name: ElasticLevels(name != "narrow")], ids=["plain", "elastic"])
+def test_float_layers_become_packed_as_by_way_of_latent_ones(device: str, binarize: str, levels):
+    direct, stepwise = Mixed(device), Mixed(device)
+    arguments = (binarize, levels, "layer")
+    to_packed_(direct, choose_layers(direct, None, ["head"]), *arguments)
+    empty_packed_(to_binary_(stepwise, choose_layers(stepwise, None, ["head"]), *arguments))
+    one, other = (described(model) for model in (direct, stepwise))
+    assert one == other
+    assert direct.shared is direct.first
+    assert not any(module.training for module in direct.modules())
+
+
+def described(model: nn.Module) -> dict[str, tuple]:
+    """All that is set in each module but the values of its parameters: class, attributes, keys, types, devices."""
+
+    def of(tensor):
+        return None if tensor is None else (type(tensor), tensor.dtype, tensor.device, tensor.shape)
+
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        tensors = {**module._parameters, **module._buffers}
+        plain = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+        found[name] = (type(module), {k: of(t) for k, t in tensors.items()}, list(module._modules), plain)
+    return found

@@ -1,4 +1,4 @@
-"""What stays float by default in a stock model: what reads the image, whatever its channels, and the head."""
+"""The layers of a stock model that stay float by default: the first one of an image model, and the head."""
 
 import pytest
 from transformers import ResNetConfig, ResNetForImageClassification

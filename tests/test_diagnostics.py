@@ -1,4 +1,4 @@
-"""check_inputs: it finds inputs whose sign says nothing, keeps quiet about healthy ones, and leaves no trace."""
+"""check_inputs finds inputs with constant signs, reports no problem for healthy ones, and changes nothing."""
 
 import copy
 
@@ -132,7 +132,7 @@ def test_each_problem_is_told_in_words():
     good = torch.randn(64, 8)
     assert problem(good) is None
     assert "never below the threshold (is it the output of a ReLU?)" in problem(good.relu())
-    assert "never above the threshold: it is on the low level throughout" in problem(-good.abs() - 1)
+    assert "never above the threshold: every value is on the low level" in problem(-good.abs() - 1)
     assert "the sign of 100% of its features never changes" in problem(torch.sign(torch.randn(8)).expand(64, 8))
     assert "100% of its input lies beyond the levels" in problem(good.sign() * 100)
     assert "8 of 512 values of its input are NaN or infinite" in problem(good.index_fill(0, torch.tensor(0), torch.nan))

@@ -20,7 +20,8 @@ from transformers import (
     ViTForMaskedImageModeling,
 )
 
-from hf_bnn.training.distillation import Distillation, divergence, head_of, hidden_loss, problem_type
+from hf_bnn.training.distillation import Distillation, hidden_loss
+from hf_bnn.training.prediction_losses import divergence, head_of, problem_type
 
 QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -238,7 +239,7 @@ def test_a_class_of_ones_own_is_judged_by_the_shape_of_its_logits():
     expected = rows_of(own.predictions["logits"], theirs.predictions["logits"], batch["attention_mask"] == 1)
     assert lesson.loss(own, theirs, batch).item() == pytest.approx(expected, rel=1e-3)
     with pytest.raises(
-        ValueError, match=r"nothing tells what logits of shape \(2, 3, 4, 4\) predict: name the model's"
+        ValueError, match=r"it is unclear what logits of shape \(2, 3, 4, 4\) predict: name the model's"
     ):
         lesson.read({"logits": torch.randn(2, 3, 4, 4)}, batch)
 
@@ -249,9 +250,9 @@ def test_outputs_that_cannot_be_compared_are_refused():
     own, theirs = (lesson.read({"logits": torch.zeros(4, labels)}, batch) for labels in (2, 3))
     with pytest.raises(ValueError, match=r"the teacher's logits are \(4, 3\), the student's \(4, 2\)"):
         lesson.loss(own, theirs, batch)
-    with pytest.raises(ValueError, match=r"the teacher puts out no 'logits', only \['scores'\]: take a model with the"):
+    with pytest.raises(ValueError, match=r"the teacher returns no 'logits', only \['scores'\]: take a model with the"):
         lesson.read({"scores": torch.zeros(4, 2)}, batch)
-    with pytest.raises(ValueError, match="the teacher puts out no hidden states: set distillation_hidden_weight=0"):
+    with pytest.raises(ValueError, match="the teacher returns no hidden states: set distillation_hidden_weight=0"):
         Distillation().read({"logits": torch.zeros(4, 2)}, batch)
     tokens = Distillation(hidden_weight=0.0, head=head_of(BertForTokenClassification(BertConfig(**SIZE))))
     odd = {"attention_mask": torch.ones(4, 7), "labels": torch.zeros(4, 7)}
@@ -271,7 +272,7 @@ def test_the_hidden_loss_is_the_mean_of_scaled_errors_over_the_tokens_that_are_n
     padded = [state.clone() for state in student]
     padded[1][0, 3] = 1e6
     torch.testing.assert_close(hidden_loss(padded, teacher, mask), expected)
-    with pytest.raises(ValueError, match=r"states are \(2, 4, 8\), the mask \(2, 9\): nothing tells which of them are"):
+    with pytest.raises(ValueError, match=r"states are \(2, 4, 8\), the mask \(2, 9\): it is unclear which of them are"):
         hidden_loss(student, teacher, torch.ones(2, 9))
 
 

@@ -10,7 +10,7 @@ import pytest
 import hf_bnn
 
 ROOT = Path(__file__).parents[1]
-NOT_SHOWN = {"STE": "another name of Method", "METHODS": "the table of methods, a dict"}
+NOT_SHOWN = {"METHODS": "the table of methods, a dict"}
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def test_a_block_and_a_stage_leave_their_input_alone(layer_type: str):
 
 
 def changes() -> dict[str, Any]:
-    """What may happen to a model after it has run."""
+    """Changes of a model after it has run."""
 
     def load(model: nn.Module) -> None:
         torch.manual_seed(1)

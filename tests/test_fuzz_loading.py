@@ -8,8 +8,11 @@ import signal
 import time
 
 import fuzz_loading
+import limited_process
 import pytest
-from fuzz_loading import Outcome, bases, fuzz, load, recompute_digests, run_limited, table
+from fuzz_loading import bases, fuzz, load, table
+from fuzz_mutations import MUTATIONS, recompute_digests
+from limited_process import Outcome, run_limited
 from safetensors.torch import load_file, save_file
 
 from hf_bnn.models.base import BinaryModelMixin
@@ -19,7 +22,7 @@ def test_no_mutated_folder_is_loaded_as_another_model():
     results = fuzz(cases=60, seed=7)
     assert [case for case in results if case["fault"]] == []
     assert {case["digests"] for case in results} == {"kept", "recomputed"}
-    assert {case["mutation"] for case in results} == {mutation.__name__ for mutation in fuzz_loading.MUTATIONS}
+    assert {case["mutation"] for case in results} == {mutation.__name__ for mutation in MUTATIONS}
     assert sum(case["outcome"] == "refused" for case in results) > 20
     assert "| refused |" in table(results)
 
@@ -70,6 +73,6 @@ def fill(size: int) -> int:
     ],
 )
 def test_crashes_hangs_and_memory_are_seen(monkeypatch, bad, kind):
-    monkeypatch.setattr(fuzz_loading, "SECONDS", 1 if kind == "hung" else 60)
-    monkeypatch.setattr(fuzz_loading, "GIGABYTES", 0.25)
+    monkeypatch.setattr(limited_process, "SECONDS", 1 if kind == "hung" else 60)
+    monkeypatch.setattr(limited_process, "GIGABYTES", 0.25)
     assert run_limited(bad).kind == kind

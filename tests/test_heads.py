@@ -77,7 +77,7 @@ def inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def output(model: nn.Module) -> torch.Tensor:
-    """All that the head puts out in evaluation, in one tensor."""
+    """All outputs of the head in evaluation, in one tensor."""
     return torch.cat([value.flatten() for value in model.eval()(**inputs(model)).to_tuple()])
 
 

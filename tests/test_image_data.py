@@ -14,7 +14,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import BitImageProcessorPil, ConvNextImageProcessorPil, DeiTImageProcessorPil, ViTImageProcessorPil
 
-from hf_bnn.tasks.images.data import AugmentedPictures, Collator, Pictures, SoftCrossEntropy, StreamedPictures, picture
+from hf_bnn.tasks.images.pictures import (
+    AugmentedPictures,
+    Collator,
+    Pictures,
+    SoftCrossEntropy,
+    StreamedPictures,
+    picture,
+)
 from hf_bnn.tasks.images.transforms import (
     CROP,
     Augmentation,

@@ -18,9 +18,9 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_bnn.tasks.images import data as image_data
-from hf_bnn.tasks.images.data import Collator, StreamedItem, StreamedPictures
+from hf_bnn.tasks.images import pictures as image_data
 from hf_bnn.tasks.images.models import make_processor
+from hf_bnn.tasks.images.pictures import Collator, StreamedItem, StreamedPictures
 from hf_bnn.tasks.images.streams import rows_per_turn
 from hf_bnn.tasks.images.transforms import Augmentation, Preprocessing
 
@@ -131,7 +131,7 @@ def test_shards_are_not_shared_out_among_workers(rows: Dataset, shards: int, in_
 
 
 def test_a_share_of_an_epoch_would_be_lost_by_giving_whole_shards_to_workers(rows: Dataset, in_worker: Any):
-    """What datasets does by itself, which the tests above would notice."""
+    """The split that datasets makes by itself; the tests above would notice it."""
     by_shard, seen = rows.to_iterable_dataset(num_shards=3), []
     for worker in (0, 1):
         in_worker(2, worker)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_bnn import kernels
 from hf_bnn.functional import pack_bits
-from hf_bnn.kernels import Conv2dWeight, LinearWeight, library, reference, weights
+from hf_bnn.kernels import Conv2dWeight, LinearWeight, library, weights
+from hf_bnn.kernels.ops import OPS
 from hf_bnn.nn.layers import rescale
 from hf_bnn.nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 from hf_bnn.nn.packed import PackedConv2d
@@ -464,14 +465,14 @@ def samples() -> dict[str, tuple]:
     hidden = (weight.data, scale, offset, -1.0, 0.5)
     return {
         "linear": (x, weight.data, scale, offset, 0.5, None),
-        "linear with scaled rows": (x, weight.data, scale, offset, 0.5, None, torch.rand(2, 5)),
+        "linear with thresholds": (x, weight.data, scale, offset, 0.0, torch.randn(70)),
         "linear_weight_only": (x, weight.data, scale, None),
         "conv2d": (images, kernel.data, kernel.corners, torch.rand(32), torch.rand(32), None, *geometry, 0.0, None),
         "ffn": (x, *hidden, second.data, torch.rand(4), None),
     }
 
 
-every_op = pytest.mark.parametrize("name", ["linear", "linear with scaled rows", "linear_weight_only", "conv2d", "ffn"])
+every_op = pytest.mark.parametrize("name", ["linear", "linear with thresholds", "linear_weight_only", "conv2d", "ffn"])
 
 
 @every_op
@@ -480,7 +481,7 @@ def test_an_op_passes_opcheck_and_equals_its_reference(backend: str, name: str):
     function, arguments = name.partition(" ")[0], samples()[name]
     op = getattr(torch.ops.hf_bnn, function).default
     torch.library.opcheck(op, arguments)
-    found, expected = op(*arguments), getattr(reference, function)(*arguments)
+    found, expected = op(*arguments), OPS[function](*arguments).reference()
     assert found.stride() == expected.stride()
     if name == "linear_weight_only":
         torch.testing.assert_close(found, expected)
@@ -491,20 +492,14 @@ def test_an_op_passes_opcheck_and_equals_its_reference(backend: str, name: str):
 @every_backend
 @pytest.mark.parametrize("rows", [(), (0,), (1,), (3, 70)])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_rows_have_scales_of_their_own(backend: str, rows: tuple[int, ...], threads: int, wants_threads: None):
+def test_outputs_have_scales_and_offsets_of_their_own(
+    backend: str, rows: tuple[int, ...], threads: int, wants_threads: None
+):
     torch.set_num_threads(threads)
     x, w, scale, offset = torch.randn(*rows, 33), torch.randn(50, 33), torch.rand(50), torch.randn(50)
-    row_scale = torch.randn(rows)
-    for added in (None, offset):
-        found = kernels.linear(x, linear_weight(w), scale, added, row_scale=row_scale)
-        sums = kernels.linear(x, linear_weight(w), torch.ones(50))
-        expected = sums * scale * row_scale.unsqueeze(-1)
-        assert torch.equal(found, expected if added is None else expected + added)
-
-
-def test_there_must_be_a_scale_for_each_row():
-    with pytest.raises(ValueError, match=r"row_scale has shape \(5,\): expected \(4,\), one per row"):
-        kernels.linear(torch.randn(4, 8), linear_weight(torch.randn(3, 8)), torch.ones(3), row_scale=torch.ones(5))
+    sums = (signs(x) @ signs(w).T).float()
+    assert torch.equal(kernels.linear(x, linear_weight(w), scale), sums * scale)
+    assert torch.equal(kernels.linear(x, linear_weight(w), scale, offset), sums * scale + offset)
 
 
 class Pipeline(torch.nn.Module):

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from hf_bnn import kernels
 from hf_bnn.fused.attention import fuse_attention
-from hf_bnn.kernels import library, reference
+from hf_bnn.kernels import library
+from hf_bnn.kernels.attention import AttentionOperands
 from hf_bnn.nn.attention import BinaryAttention, BooleanAttention
 
 KINDS = {True: BinaryAttention, False: BooleanAttention}
-REFERENCE = reference.attention
+REFERENCE = AttentionOperands.reference
 TOKENS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 130)
 SIZES = (1, 7, 16, 31, 32, 33, 64, 65, 96, 128, 130, 255)
 LOWEST = torch.finfo(torch.float32).min
@@ -32,7 +33,7 @@ every_kind = pytest.mark.parametrize("softmax", KINDS, ids=["binary", "boolean"]
 
 
 class Case(NamedTuple):
-    """What the op takes; `levels` apart from the rest."""
+    """The operands of the op, with `levels` apart from the rest."""
 
     query: Tensor
     key: Tensor
@@ -46,7 +47,7 @@ class Case(NamedTuple):
         return kernels.attention(*self)
 
     def expected(self) -> Tensor:
-        return REFERENCE(*self)
+        return REFERENCE(AttentionOperands(*self))
 
     def probabilities(self) -> Tensor:
         query, key = (torch.where(x < t, -1.0, 1.0) for x, t in zip(self[:2], self.levels[:2], strict=True))
@@ -69,12 +70,12 @@ def left_to_torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             rows.append(arguments[-2])
         return call(name, *arguments)
 
-    def whole(*case: object) -> Tensor:
+    def whole(given: AttentionOperands) -> Tensor:
         rows.append(-1)
-        return REFERENCE(*case)
+        return REFERENCE(given)
 
     monkeypatch.setitem(module, "call", counting)
-    monkeypatch.setattr(module["reference"], "attention", whole)
+    monkeypatch.setattr(AttentionOperands, "reference", whole)
     return rows
 
 
@@ -167,7 +168,7 @@ def test_the_reference_is_what_the_module_evaluates(softmax: bool, mask: str):
     mask = mask_of(mask, 2, 3, 20, 20)
     expected, _ = module(query, key, value, mask, 30**-0.5)
     fuse_attention(module)
-    found = reference.attention(query, key, value, module.kernel_levels, 30**-0.5, mask, softmax)
+    found = REFERENCE(AttentionOperands(query, key, value, module.kernel_levels, 30**-0.5, mask, softmax))
     assert torch.equal(found, expected)
     assert expected.unique().numel() > 10
 

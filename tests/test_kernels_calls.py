@@ -11,7 +11,8 @@ from test_kernels import SIZES, every_backend, every_compiled_backend, linear_we
 from torch import Tensor
 
 from hf_bnn import kernels
-from hf_bnn.kernels import FfnCall, LinearCall, LinearWeightOnlyCall, calls, library, reference
+from hf_bnn.kernels import FfnCall, LinearCall, LinearWeightOnlyCall, calls, library
+from hf_bnn.kernels.linear import LinearOperands
 
 
 def linear_call(size: int = 70, out: int = 48) -> LinearCall:
@@ -175,7 +176,7 @@ def test_parts_of_the_outputs_see_inputs_through_their_own_thresholds(
     y = kernels.linear(x, weight, ones, threshold=thresholds)
     assert torch.equal(y, expected)
     assert torch.equal(LinearCall(weight, ones, threshold=thresholds)(x), expected)
-    assert torch.equal(reference.linear(x, weight.data, ones, thresholds=thresholds), expected)
+    assert torch.equal(LinearOperands(x, weight.data, ones, thresholds=thresholds).reference(), expected)
 
 
 @every_compiled_backend

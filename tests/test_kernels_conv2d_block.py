@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_bnn import kernels
 from hf_bnn.kernels import Epilogue, library, reference
-from hf_bnn.kernels.conv2d_block import Conv2dBlock, Level, rounds_once
+from hf_bnn.kernels.conv2d_block import Conv2dBlockOperands
+from hf_bnn.kernels.epilogue import rounds_once
 from hf_bnn.kernels.operands import runs_directly
+from hf_bnn.kernels.planned_block import Conv2dBlock, Level
 
 every_seed = pytest.mark.parametrize("seed", range(30))
 
@@ -171,7 +173,7 @@ def arguments(packed: bool) -> tuple:
 def test_the_op_passes_opcheck_and_equals_its_reference(backend: str, packed: bool):
     given = arguments(packed)
     torch.library.opcheck(torch.ops.hf_bnn.conv2d_block.default, given)
-    found, expected = torch.ops.hf_bnn.conv2d_block(*given), reference.conv2d_block(*given)
+    found, expected = torch.ops.hf_bnn.conv2d_block(*given), Conv2dBlockOperands(*given).reference()
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 

@@ -43,7 +43,7 @@ def layer_of(levels, binarize: str = "both", bias: bool = True) -> BinaryLinear:
 
 
 def two_valued(levels: SignedLevels, x: Tensor) -> Tensor:
-    """What `x` becomes on the levels."""
+    """`x` on the levels."""
     scale, shift = levels.affine()
     return torch.where(x < levels.threshold(), shift - scale, shift + scale)
 

@@ -36,7 +36,7 @@ every_levels = pytest.mark.parametrize("make", EVERY_LEVELS.values(), ids=EVERY_
 
 
 def values(levels: SignedLevels, x: Tensor) -> Tensor:
-    """What `x` becomes: scale * s + shift."""
+    """`x` on the levels: scale * s + shift."""
     scale, shift = levels.affine()
     return scale * sign(levels.normalize(x)) + shift
 

@@ -1,4 +1,4 @@
-"""What is loaded is what was saved: files, config and tensors that are not are refused, each with one clear error."""
+"""Files, configs and tensors that were altered since they were saved are refused, each with one clear error."""
 
 import json
 import re
@@ -77,18 +77,18 @@ def load(folder: Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def edit(folder: Path, change: Callable[[dict, dict], object], digests: str = "kept") -> None:
-    """Change config.json by `change(config, record)`; digests: kept, recomputed or none."""
+    """Change config.json by `change(config, binary_config)`; digests: kept, recomputed or none."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    record = config.get("quantization_config", config)
-    change(config, record)
+    binary_config = config.get("quantization_config", config)
+    change(config, binary_config)
     if digests == "none":
-        record.pop("config_sha256", None)
-        record.pop("weights_sha256", None)
+        binary_config.pop("config_sha256", None)
+        binary_config.pop("weights_sha256", None)
     elif digests == "recomputed":
         files = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name.endswith("index.json")]
-        record["weights_sha256"] = {p.name: file_digest(p) for p in files}
-        record["config_sha256"] = structure_digest(config)
+        binary_config["weights_sha256"] = {p.name: file_digest(p) for p in files}
+        binary_config["config_sha256"] = structure_digest(config)
     path.write_text(json.dumps(config))
 
 
@@ -205,7 +205,7 @@ def test_every_field_that_says_what_the_bits_mean_is_under_the_digest(family, tm
     pack_(MAKERS[family]()).save_pretrained(tmp_path)
     original = (tmp_path / "config.json").read_text()
     for field, value in STRUCTURAL[family].items():
-        edit(tmp_path, lambda config, record, field=field, value=value: config.update({field: value}))
+        edit(tmp_path, lambda config, binary_config, field=field, value=value: config.update({field: value}))
         with pytest.raises(
             CorruptCheckpointError, match=r"config\.json was altered .* take config_sha256 out"
         ) as error:
@@ -226,7 +226,7 @@ def test_every_field_that_says_what_the_bits_mean_is_under_the_digest(family, tm
 )
 def test_the_fields_of_a_quantization_config_are_under_the_digest_too(tmp_path, field, value):
     pack_(distilbert()).save_pretrained(tmp_path)
-    edit(tmp_path, lambda config, record: record.update({field: value}))
+    edit(tmp_path, lambda config, binary_config: binary_config.update({field: value}))
     with pytest.raises((CorruptCheckpointError, ValueError), match=r"was altered after it was saved|cannot be binary"):
         load(tmp_path)
 
@@ -234,15 +234,15 @@ def test_the_fields_of_a_quantization_config_are_under_the_digest_too(tmp_path, 
 def test_names_paths_versions_and_the_record_of_training_may_change(saved):
     before = load(saved)
 
-    def rename(config: dict, record: dict) -> None:
+    def rename(config: dict, binary_config: dict) -> None:
         config["id2label"] = {key: f"class {key}" for key in config["id2label"]} if "id2label" in config else {}
         config["label2id"] = {f"class {key}": int(key) for key in config["id2label"]}
         config.update({"transformers_version": "9.9", "_name_or_path": "elsewhere", "finetuning_task": "sst2"})
         if not config["id2label"]:
             del config["id2label"], config["label2id"]
-        record["method"] = {"name": "ste"} if record is config else None
-        if record is not config:
-            del record["method"]
+        binary_config["method"] = {"name": "ste"} if binary_config is config else None
+        if binary_config is not config:
+            del binary_config["method"]
 
     edit(saved, rename)
     assert same(load(saved), before)
@@ -250,7 +250,7 @@ def test_names_paths_versions_and_the_record_of_training_may_change(saved):
 
 def test_more_labels_are_another_structure(tmp_path):
     pack_(tiny_model()).save_pretrained(tmp_path)
-    edit(tmp_path, lambda config, record: config.update(id2label={"0": "a", "1": "b", "2": "c"}))
+    edit(tmp_path, lambda config, binary_config: config.update(id2label={"0": "a", "1": "b", "2": "c"}))
     with pytest.raises(CorruptCheckpointError, match=r"config\.json was altered"):
         load(tmp_path)
 
@@ -271,8 +271,8 @@ def test_fields_that_later_versions_add_to_configs_do_not_break_older_digests(mo
 def test_checkpoints_without_a_digest_of_the_config_load(saved):
     before = load(saved)
 
-    def as_before(config: dict, record: dict) -> None:
-        del record["config_sha256"]
+    def as_before(config: dict, binary_config: dict) -> None:
+        del binary_config["config_sha256"]
 
     edit(saved, as_before)
     assert same(load(saved), before)
@@ -339,7 +339,7 @@ BROKEN = {
 @pytest.mark.parametrize("auto", [False, True])
 def test_a_broken_config_is_one_error_even_with_new_digests(tmp_path, case, auto):
     pack_(tiny_model()).save_pretrained(tmp_path)
-    edit(tmp_path, lambda config, record: record.update(dict([BROKEN[case]])), "recomputed")
+    edit(tmp_path, lambda config, binary_config: binary_config.update(dict([BROKEN[case]])), "recomputed")
     cls = AutoModelForSequenceClassification if auto else BinaryBertForSequenceClassification
     with pytest.raises(CorruptCheckpointError, match="fetch or save it again") as error:
         cls.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Model cards: what is said of a binary model follows from its config, its tensors and its run."""
+"""A model card's statements follow from the model's config, its tensors and its training run."""
 
 import json
 import re

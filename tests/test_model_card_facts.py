@@ -1,4 +1,4 @@
-"""The facts that a model card is made of, taken from a model and its record."""
+"""The facts that a model card is made of, taken from a model and its configs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +10,9 @@ from hf_bnn import binarize_, pack_
 from hf_bnn.model_card import facts_of
 
 
-def model(record: dict[str, Any], **config: Any) -> nn.Module:
+def model(binary_config: dict[str, Any], **config: Any) -> nn.Module:
     made = binarize_(nn.Sequential(nn.Linear(64, 8, bias=False), nn.LayerNorm(8)))
-    made.binary_config, made.config = SimpleNamespace(to_dict=lambda: record), SimpleNamespace(**config)
+    made.binary_config, made.config = SimpleNamespace(to_dict=lambda: binary_config), SimpleNamespace(**config)
     return made
 
 
@@ -20,7 +20,7 @@ TRAINED = {"name": "surge", "clip": 1.0, "eta": 0.3}
 
 
 @pytest.mark.parametrize(
-    ("record", "config", "said"),
+    ("binary_config", "config", "said"),
     [
         ({"method": TRAINED}, {}, "surge (clip=1.0, eta=0.3)"),
         ({"method": TRAINED}, {"method": {"name": "ste"}}, "surge (clip=1.0, eta=0.3)"),
@@ -31,15 +31,15 @@ TRAINED = {"name": "surge", "clip": 1.0, "eta": 0.3}
         ({}, {}, "unknown"),
     ],
 )
-def test_the_method_is_the_records_else_the_configs_else_unknown(record: dict, config: dict, said: str):
-    assert facts_of(model(record, **config), packed=False).method == said
+def test_the_method_is_the_binary_configs_else_the_configs_else_unknown(binary_config: dict, config: dict, said: str):
+    assert facts_of(model(binary_config, **config), packed=False).method == said
 
 
 def test_the_facts_are_those_of_the_model_and_its_record():
-    record = {"quant_method": "hf_bnn", "levels": "signed"}
-    facts = facts_of(model(record), packed=False)
+    binary_config = {"quant_method": "hf_bnn", "levels": "signed"}
+    facts = facts_of(model(binary_config), packed=False)
     assert facts.architecture == "Sequential"
-    assert facts.structure == record
+    assert facts.structure == binary_config
     assert facts.binary_share == 512 / (512 + 16)
     assert facts.matrix_compression == 4 * 512 / (64 + 32)
     assert (facts.packed, facts.plugged_in) == (False, True)

@@ -1,4 +1,4 @@
-"""Import paths from before the package had rooms: each gives the module at its new path, and says where that is."""
+"""Old import paths give the module at its new path, and warn with that path."""
 
 import importlib
 import sys

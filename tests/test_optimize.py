@@ -45,11 +45,10 @@ from hf_bnn import (
     pack_,
     unpack_,
 )
-from hf_bnn.fused import convolutions, layers
+from hf_bnn.fused import blocks, convolutions, layers
 from hf_bnn.fused.base import Fused, Planned
 from hf_bnn.fused.feed_forward import hidden_interval
 from hf_bnn.fused.layers import JointLinear, KernelConv2d, KernelLinear
-from hf_bnn.models import fused as models_fused
 from hf_bnn.models.vit import BinaryViTConfig
 from hf_bnn.nn.levels import ElasticLevels, UnsignedLevels
 from hf_bnn.nn.packed import PackedConv2d, PackedLinear
@@ -589,8 +588,8 @@ def test_kernel_layers_are_packed_ones():
         (convolutions.FusedBlock, "run", (None, None, None), "must say how it runs"),
         (convolutions.FusedBlock, "first_level", (None,), "must say what its first convolution is"),
         (convolutions.FusedBottleNeckBlock, "resized", (None, None), "must say how a shortcut is resized"),
-        (models_fused._FusedAttention, "projections", (), "must say which layers it joins"),
-        (models_fused._FusedFeedForward, "layers", (), "must say which layers it joins"),
+        (blocks.FusedProjections, "projections", (), "must say which layers it joins"),
+        (blocks.FusedFeedForward, "layers", (), "must say which layers it joins"),
     ],
 )
 def test_bases_name_what_a_fused_class_must_have(base: type, method: str, arguments: tuple, said: str):

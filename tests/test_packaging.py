@@ -51,7 +51,7 @@ print(*(str(w.message) for w in caught if "kernels" in str(w.message)))
 
 
 def run(*words: object, folder: Path, **environment: str) -> str:
-    """What a program prints; it must end well."""
+    """The output of a program that must succeed."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_BNN_KERNEL")}
     kept |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore", "PIP_NO_INDEX": "1"}
     words, environment = tuple(map(str, words)), {**kept, **environment}
@@ -61,7 +61,7 @@ def run(*words: object, folder: Path, **environment: str) -> str:
 
 
 def files_of_the_project() -> set[str]:
-    """What the tests and the README need, relative to the root: no caches, and nothing that was built."""
+    """The files that the tests and the README need, relative to the root, without caches and build products."""
     documents = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md"}
     found = {*documents, "constraints.txt", "MANIFEST.in", "pyproject.toml"}
     for folder in ("docs", "hf_bnn", "tests", "scripts", "model_cards"):

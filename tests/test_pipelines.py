@@ -26,7 +26,7 @@ TEXT = "the cat sat on the mat"
 
 @pytest.fixture(autouse=True)
 def complaints(monkeypatch):
-    """What transformers complains of: it only logs that it does not know a model's class."""
+    """The errors that transformers logs: it reports an unknown model class only there."""
     said: list[str] = []
     for module in ("pipelines.base", "modeling_utils", "tokenization_utils_base"):
         for level in ("warning", "error"):
@@ -46,7 +46,7 @@ def tokenizer(tmp_path):
 
 
 def save(model: torch.nn.Module, processor, folder) -> torch.nn.Module:
-    """`model`, packed, and what prepares its inputs, in a folder."""
+    """A folder with `model`, packed, and its tokenizer or image processor."""
     pack_(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return model

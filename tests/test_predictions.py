@@ -1,4 +1,4 @@
-"""What the training scripts say of a model beside its accuracy: each class, one class throughout, predictions."""
+"""The reports of the training scripts besides the accuracy: per-class figures, one class throughout, predictions."""
 
 import csv
 import json

@@ -41,7 +41,7 @@ def made() -> nn.Module:
 
 
 class AtBegin(TrainerCallback):
-    """What the model is like when training begins."""
+    """The state of the model when training begins."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self.fresh = has_fresh_levels(model)
@@ -52,7 +52,7 @@ class AtBegin(TrainerCallback):
 
 
 def begun(folder, model=None, data=None, kind=BinaryTrainer, **kwargs) -> AtBegin:
-    """What a run of one step begins with."""
+    """The state in which a run of one step begins."""
     look = AtBegin()
     named = {name: kwargs.pop(name) for name in ("model_init", "method", "data_collator") if name in kwargs}
     model = tiny_model() if model is None and "model_init" not in named else model

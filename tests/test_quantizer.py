@@ -86,7 +86,7 @@ BOXES = {"labels": [{"class_labels": torch.tensor([i % 2]), "boxes": torch.full(
 
 
 class Case(NamedTuple):
-    """An architecture that has no binary class, with a batch, and what of it is post-ReLU or is to stay float."""
+    """An architecture without a binary class, a batch for it, and its layers that follow a ReLU or stay float."""
 
     auto: type
     model: type[PreTrainedModel]
@@ -576,7 +576,7 @@ def test_the_given_state_dict_is_what_is_saved(tmp_path):
 
 
 def test_upstream_still_ignores_the_given_state_dict(tmp_path):
-    """When this fails, the way around it can go."""
+    """When this fails, the workaround can be removed."""
     model = distilbert(tmp_path)
     gathered = {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
     PreTrainedModel.save_pretrained(model, tmp_path, state_dict=gathered)

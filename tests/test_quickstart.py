@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from hf_bnn import make_method
 from hf_bnn.methods import Surge
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +119,7 @@ def test_only_a_run_with_a_branch_is_said_to_be_trained_with_surge():
     assert quickstart.method_name("surge", None) == "surge"
     assert quickstart.method_name("stompp+surge", "order=global") == "stompp+surge (order=global)"
     (arguments,) = quickstart.HfArgumentParser(quickstart.QuickstartArguments).parse_args_into_dataclasses([])
-    assert quickstart.make_method(arguments.method, arguments.method_args) == Surge(eta=0.1, aux="leaky")
+    assert make_method(arguments.method, arguments.method_args) == Surge(eta=0.1, aux="leaky")
 
 
 def test_altered_sentences_are_made_of_the_real_ones():

@@ -19,8 +19,8 @@ import torch
 import update_readme
 from datasets import Dataset
 from fake_hub import FakeHub
+from image_runs import parquet, table
 from test_run_glue import save_bert
-from test_run_image_classification import parquet, table
 from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -41,6 +41,7 @@ PRINTED = {  # what the program of a page prints, among other things
     "README.md": "'score':",
     "docs/pages/deployment.md": "'score':",
     "docs/pages/guide.md": "",
+    "docs/pages/methods.md": "",
     "docs/pages/models.md": "distilbert.transformer.layer.0.ffn.lin2.input:",
 }
 MOST_WORDS = 1200
@@ -141,7 +142,7 @@ def hub(tmp_path):
 
 
 def run_at(hub: FakeHub, words: list[str], folder: Path) -> str:
-    """What a program that sees the local Hub prints; it must end well."""
+    """The output of a program that sees the local Hub and must succeed."""
     env = {**os.environ, **hub.environment(folder / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -149,7 +150,7 @@ def run_at(hub: FakeHub, words: list[str], folder: Path) -> str:
 
 
 def save_packed_bert(folder: Path, source: Path) -> None:
-    """What the quick start leaves: a packed BERT with its tokenizer."""
+    """The output of the quick start: a packed BERT with its tokenizer."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     pack_(BinaryBertForSequenceClassification.from_pretrained(source)).save_pretrained(folder)
 

@@ -253,9 +253,7 @@ def test_swapping_convolutions_alone_would_give_every_one_of_them_a_constant_sig
 
 
 def test_residual_blocks_with_binary_inputs_are_refused():
-    with pytest.raises(
-        ValueError, match="block='residual' with binarize='both': every convolution would see what a ReLU"
-    ):
+    with pytest.raises(ValueError, match="block='residual' with binarize='both': every convolution would read a ReLU"):
         BinaryResNetConfig(block="residual")
 
 

@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, damage, caplog)
     harm(run / "checkpoint-4")
     with caplog.at_level(logging.WARNING):
         assert last_complete_checkpoint(run) == str(run / "checkpoint-2")
-    assert "checkpoint-4 is passed over" in caplog.text
+    assert "checkpoint-4 is skipped" in caplog.text
     assert reason in caplog.text
     with pytest.raises(CorruptCheckpointError, match=reason):
         verify_checkpoint(run / "checkpoint-4")

@@ -13,8 +13,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from hf_bnn.nn.scalar_levels import has_scalar_levels
-from hf_bnn.training.distillation import HEADS, NEXT_TOKENS, TARGET_TOKENS, Distillation
+from hf_bnn.training.distillation import Distillation
 from hf_bnn.training.jit_checkpoint import StepEndCheckpointCallback
+from hf_bnn.training.prediction_losses import HEADS, NEXT_TOKENS, TARGET_TOKENS
 from hf_bnn.training.resumable_trainer import _set_rates
 from hf_bnn.training.run_record import NO_STRUCTURE, SETTINGS, differences, model_record, run_record
 from hf_bnn.training.teacher import check_teacher
@@ -168,7 +169,7 @@ def test_heads_whose_predictions_are_of_tokens_say_so():
     ("output", "said"), [({"scores": 1}, r"only \['scores'\]"), (SimpleNamespace(scores=1), "only SimpleNamespace")]
 )
 def test_a_missing_output_is_named_with_those_that_are_there(output: object, said: str):
-    with pytest.raises(ValueError, match=f"the student puts out no 'logits', {said}: take a model"):
+    with pytest.raises(ValueError, match=f"the student returns no 'logits', {said}: take a model"):
         Distillation(1.0, 0.0).read(output, {}, "student")
 
 

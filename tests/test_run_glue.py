@@ -80,7 +80,7 @@ def save_bert(folder: Path, trained: bool = True, **kwargs: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def run_glue() -> Iterator[ModuleType]:
-    """What the script runs, as a module; the verbosity that it sets is undone."""
+    """The script's module. The verbosity that it sets is undone."""
     before = get_verbosity(), transformers_logging.get_verbosity()
     yield task
     set_verbosity(before[0])
@@ -122,7 +122,7 @@ def files(tmp_path: Path) -> list[str]:
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    """What a model says of a few sentences."""
+    """The logits of a model for a few sentences."""
     ids = torch.arange(40).view(4, 10) % len(WORDS)
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
@@ -615,7 +615,7 @@ def test_a_user_error_is_one_line_and_exit_code_two(
     given = ["--model_name_or_path", "x", "--task_name", "sst3", "--do_train", "--use_cpu", "--output_dir", "out"]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
     with pytest.raises(SystemExit) as ended:
-        commandline.run(run_glue.main)
+        commandline.exit_after(run_glue.main)
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("run_glue.py: error: unknown task 'sst3'; known tasks: cola, mnli")

@@ -1,13 +1,11 @@
 """scripts/run_image_classification.py: on folders, datasets and streams, on wrong input, resumed, in two processes."""
 
 import csv
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,142 +15,48 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
-from datasets.utils.logging import get_verbosity, set_verbosity
 from fake_hub import FakeHub
-from PIL import Image
+from image_runs import (  # noqa: F401 (fixtures)
+    CONVNEXT,
+    CONVNEXT_SIZE,
+    MODELS,
+    NAMES,
+    QUIET,
+    RESNET,
+    RESNET_SIZE,
+    SCRIPT,
+    SCRIPTS,
+    TRAIN,
+    VIT,
+    VIT_SIZE,
+    Run,
+    image,
+    image_folders,
+    impatience,
+    load,
+    logits,
+    parquet,
+    run_images,
+    save_vit,
+    table,
+    task_module,
+    write_parquet,
+)
 from transformers import (
     AutoImageProcessor,
-    AutoModelForImageClassification,
     TrainerCallback,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
     pipeline,
 )
-from transformers.utils import logging as transformers_logging
 
 from hf_bnn import BinaryViTForImageClassification, pack_
 from hf_bnn.nn.layers import binary_layers
 from hf_bnn.nn.packed import is_packed
-from hf_bnn.tasks.images import run as task
+from hf_bnn.tasks import stages
 from hf_bnn.tasks.images.arguments import ModelArguments, parse_overrides
-from hf_bnn.tasks.images.data import Collator
 from hf_bnn.tasks.images.inputs import SMALL_CONFIGS, check_small_images
-from hf_bnn.tasks.images.models import load_model, stored_config
+from hf_bnn.tasks.images.models import load_config, load_model
+from hf_bnn.tasks.images.pictures import Collator
 from hf_bnn.tasks.labels import Labels
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-SCRIPT = SCRIPTS / "run_image_classification.py"
-QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--log_level", "error"]
-TRAIN = ["--do_train", "--do_eval", "--max_steps", "2", "--save_strategy", "no"]
-VIT_SIZE = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=64,image_size=8,patch_size=4"
-RESNET_SIZE = "stem=cifar,layer_type=basic,embedding_size=16,hidden_sizes=[16,32],depths=[1,1]"
-CONVNEXT_SIZE = "image_size=8,patch_size=2,hidden_sizes=[16,32],depths=[1,1],num_stages=2"
-VIT = ["--model_type", "vit", "--config_overrides", VIT_SIZE]
-RESNET = ["--model_type", "resnet", "--config_overrides", RESNET_SIZE]
-CONVNEXT = ["--model_type", "convnext", "--config_overrides", CONVNEXT_SIZE]
-MODELS = {"vit": VIT, "resnet": RESNET, "convnext": CONVNEXT}
-NAMES = ["blue", "red"]
-
-Run = Callable[..., dict[str, float]]
-
-
-def image(label: int, seed: int, size: int = 8) -> Image.Image:
-    """A noisy image that is more red (1) or more blue (0)."""
-    pixels = np.random.default_rng(seed).integers(0, 160, (size, size, 3))
-    pixels[..., 0 if label else 2] += 95
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def table(count: int = 16, column: str = "image", size: int = 8, names: list[str] = NAMES) -> Dataset:
-    """Rows of images with the label 0, 1, 0, 1, ..."""
-    features = Features({column: datasets.Image(), "label": ClassLabel(names=names)})
-    images = [image(index % 2, index, size) for index in range(count)]
-    return Dataset.from_dict({column: images, "label": [i % 2 for i in range(count)]}, features=features)
-
-
-def write_folder(folder: Path, count: int = 16) -> Path:
-    """The same as files, in a folder for each class."""
-    for index in range(count):
-        path = folder / NAMES[index % 2] / f"{index:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image(index % 2, index).save(path)
-    return folder
-
-
-def write_parquet(folder: Path, **splits: Dataset) -> Path:
-    """A dataset on disk."""
-    folder.mkdir(parents=True)
-    for name, rows in splits.items():
-        (folder / f"{name}-00000-of-00001.parquet").write_bytes(parquet(rows))
-    return folder
-
-
-def parquet(rows: Dataset) -> bytes:
-    buffer = io.BytesIO()
-    rows.to_parquet(buffer)
-    return buffer.getvalue()
-
-
-def save_vit(folder: Path, trained: bool = True, mean: float = 0.5, **kwargs: Any) -> Path:
-    """A float ViT of one layer with its image processor; `trained`: the config says that it is a classifier."""
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = ViTConfig(**{**size, "image_size": 8, "patch_size": 4, "initializer_range": 0.2, **kwargs})
-    model = ViTForImageClassification(config)
-    (model if trained else model.vit).save_pretrained(folder)
-    square = {"height": config.image_size, "width": config.image_size}
-    ViTImageProcessorPil(size=square, image_mean=[mean] * 3).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    """What the script runs, as a module; the verbosity that it sets is undone."""
-    before = get_verbosity(), transformers_logging.get_verbosity()
-    yield task
-    set_verbosity(before[0])
-    transformers_logging.set_verbosity(before[1])
-    transformers_logging.reset_format()
-
-
-@pytest.fixture
-def run(script: ModuleType, tmp_path: Path) -> Run:
-    """Run the script in this process on these arguments; those that a test leaves out are filled in."""
-
-    def start(*arguments: object) -> dict[str, float]:
-        given = list(map(str, arguments))
-        defaults = {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "learning_rate": 5e-3}
-        defaults["overwrite_output_dir"] = "true"
-        rest = [text for name, value in defaults.items() if f"--{name}" not in given for text in (f"--{name}", value)]
-        return script.main([*given, *map(str, rest), *QUIET])
-
-    return start
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the seconds that datasets waits at the end of every stream."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> list[str]:
-    """Arguments that name a folder of images to train on, and one to evaluate on."""
-    paths = {split: write_folder(tmp_path / split) for split in ("train", "validation")}
-    return [text for split, path in paths.items() for text in (f"--{split}_dir", str(path))]
-
-
-def load(folder: Path) -> torch.nn.Module:
-    return AutoModelForImageClassification.from_pretrained(folder)
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    """What a model says of a few images."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        return model.eval()(torch.randn(4, 3, 8, 8, generator=generator)).logits
-
 
 # From data to a packed model
 
@@ -414,7 +318,7 @@ SMALL_IMAGES = {
 @pytest.mark.parametrize(("model", "side", "message"), SMALL_IMAGES.values(), ids=SMALL_IMAGES)
 def test_small_images_in_a_model_for_photographs_are_told_what_to_choose(model: list[str], side: int, message: str):
     arguments = ModelArguments(model_type=model[0], config_overrides=model[1] if model[1:] else None)
-    config = stored_config(arguments)
+    config = load_config(arguments)
     with pytest.raises(ValueError, match=f"the images are at most {side} x {side} pixels, but .*{message}"):
         check_small_images(arguments, config, side)
     check_small_images(arguments, config, 200)
@@ -426,7 +330,7 @@ def test_what_is_advised_for_small_images_is_accepted():
     for kind, small in SMALL_CONFIGS.items():
         overrides = small.format(patch=4)
         arguments = ModelArguments(model_type=kind, config_overrides=overrides, image_size=32)
-        config = stored_config(arguments)
+        config = load_config(arguments)
         check_small_images(arguments, config, 32)
         model = load_model(arguments, config, Labels(NAMES, {}))
         assert sum(p.numel() for p in model.parameters()) < 1e6
@@ -577,7 +481,7 @@ def test_two_steps_are_resumed_in_either(
     run(*steps)
     whole = logits(load(tmp_path / "out"))
     other = tmp_path / "other"
-    train, called = script.train, []
+    train, called = stages.train, []
 
     def cut_off(trainer: Any, resume: str | None) -> dict[str, float]:
         called.append(Path(trainer.args.output_dir).name)
@@ -590,12 +494,12 @@ def test_two_steps_are_resumed_in_either(
         return train(trainer, resume)
 
     with monkeypatch.context() as patched:
-        patched.setattr(script, "train", cut_off)
+        patched.setattr(stages, "train", cut_off)
         with pytest.raises(KeyboardInterrupt):
             run(*steps, "--output_dir", other)
     trained: list[str] = []
     monkeypatch.setattr(
-        script, "train", lambda trainer, resume: (trained.append(str(resume)), train(trainer, resume))[1]
+        stages, "train", lambda trainer, resume: (trained.append(str(resume)), train(trainer, resume))[1]
     )
     run(*steps, "--output_dir", other, "--resume_from_checkpoint", "True")
     ends = {"first": ["other/first_step/checkpoint-2", "None"], "between": ["None"], "second": ["other/checkpoint-2"]}
@@ -627,182 +531,6 @@ def test_a_recipe_can_be_run_and_overridden(run: Run, name: str, tmp_path: Path)
     assert (saved.learning_rate, saved.per_device_train_batch_size) == (0.25, 128)
     config = load(tmp_path / "out").config
     assert config.hidden_size == 96 if "vit" in name else config.hidden_sizes == [16, 32, 64]
-
-
-WRONG_FILES = {
-    "syntax": ("{", r"arguments.json is no json file \(Expecting property name"),
-    "list": ("[1]", r'arguments.json holds a list: expected a dictionary, \{"argument": value, ...\}'),
-    "name": (
-        '{"lerning_rate": 1}',
-        r"arguments.json: some keys are not used by the HfArgumentParser: \['lerning_rate'\]",
-    ),
-    "choice": ('{"binarize": "all"}', "binarize='all': invalid choice .choose from 'both', 'weights'"),
-}
-
-
-@pytest.mark.parametrize(("text", "message"), WRONG_FILES.values(), ids=WRONG_FILES)
-def test_a_wrong_json_file_is_told(run: Run, text: str, message: str, tmp_path: Path):
-    path = tmp_path / "arguments.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        run(path)
-
-
-def test_output_dir_must_be_given(script: ModuleType):
-    recipe = SCRIPTS / "recipes/fashion_mnist_vit.json"
-    with pytest.raises(ValueError, match="the following arguments are required: --output_dir"):
-        script.main([str(recipe), *QUIET])
-
-
-# Wrong input
-
-
-def test_overrides_are_read_as_json_or_as_text():
-    text = "hidden_size=96, depths=[3, 3,3],stem=cifar,rate=1e-3,flag=True,off=false,nothing=None,names=[a,b]"
-    assert parse_overrides(text) == {
-        **{"hidden_size": 96, "depths": [3, 3, 3], "stem": "cifar", "rate": 1e-3},
-        **{"flag": True, "off": False, "nothing": None, "names": ["a", "b"]},
-    }
-    assert parse_overrides(None) == {}
-    for wrong in ("hidden_size", "depths=[3,3", "=3"):
-        with pytest.raises(ValueError, match=r"config_overrides: cannot read '.*'; expected name=value pairs"):
-            parse_overrides(wrong)
-
-
-WRONG = {
-    "no data": (["VIT"], r"no data: give --dataset_name .* or --train_dir and --validation_dir"),
-    "no model": (["FOLDERS"], "no model: give --model_name_or_path, or to start from scratch --model_type or"),
-    "no train_dir": (["VIT", "--validation_dir", "DATA"], "--do_train needs --train_dir; given: validation_dir"),
-    "no such folder": (["VIT", "--train_dir", "no", "--validation_dir", "no"], "train_dir 'no' is no folder"),
-    "no classes": (["VIT", "--train_dir", "EMPTY"], "has no folders in it: expected one for each class"),
-    "no split": (
-        ["VIT", "--dataset_name", "DATA"],
-        r"split 'validation'; the dataset has: train, test: name .*\(test\)",
-    ),
-    "only train": (
-        ["VIT", "--train_dir", "FOLDER"],
-        "the dataset has: train: cut one off the .* --train_val_split 0.1",
-    ),
-    "share": (["VIT", "FOLDERS", "--train_val_split", "2"], "train_val_split=2.0: expected a share between 0 and 1"),
-    "flip": (["VIT", "FOLDERS", "--flip_probability", "2"], "flip_probability=2.0: expected a number from 0 to 1"),
-    "padding": (["VIT", "FOLDERS", "--crop_padding", "-1"], "crop_padding=-1: expected 0 or more"),
-    "label column": (
-        ["VIT", "FOLDERS", "--label_column_name", "fine"],
-        "the train data has no column 'fine'; columns: image, label: name the one .* in --label_column_name",
-    ),
-    "image column": (
-        ["VIT", "FOLDERS", "--image_column_name", "label"],
-        r"image_column_name='label': cannot tell .*; columns: image, label \(those with images: image\): name one in",
-    ),
-    "overrides": (
-        ["FOLDERS", "--model_type", "vit", "--config_overrides", "hiden_size=3"],
-        "BinaryViTConfig has no field 'hiden_size'; did you mean 'hidden_size'",
-    ),
-    "override's value": (
-        ["FOLDERS", "--model_type", "vit", "--config_overrides", "hidden_size=big"],
-        "Validation error for field 'hidden_size'",
-    ),
-    "override of a choice": (
-        ["FOLDERS", "--model_type", "resnet", "--config_overrides", "stem=small"],
-        "stem='small': expected one of imagenet, cifar",
-    ),
-    "levels": (["VIT", "FOLDERS", "--levels", "all"], "levels='all': expected one of elastic, signed"),
-    "model type": (["FOLDERS", "--model_type", "vitt"], r"unknown model_type 'vitt'; expected vit, resnet or .*'vit'"),
-    "bert type": (["FOLDERS", "--model_type", "bert"], "bert is a 'bert' model, which classifies no images: expected"),
-    "bert": (
-        ["FOLDERS", "--model_name_or_path", "BERT"],
-        "is a 'bert' model, which classifies no images: expected vit",
-    ),
-    "two models": (["VIT", "FOLDERS", "--model_name_or_path", "x"], "has its own config: leave out --model_type"),
-    "size": (["FOLDERS", "--model_name_or_path", "x", "--image_size", "8"], "--image_size is for a model from scratch"),
-    "config file": (["FOLDERS", "--config_name", "no.json"], "config_name 'no.json' does not exist"),
-    "model": (["FOLDERS", "--model_name_or_path", "nowhere/at-all"], "nowhere/at-all: We couldn't connect to"),
-    "labels": (
-        ["FOLDERS", "--model_name_or_path", "THREE"],
-        r"2 labels \(blue, red\), but .* trained for 3 .*--ignore_",
-    ),
-    "binarize": (["VIT", "FOLDERS", "--binarize", "all"], "argument --binarize: invalid choice: 'all'"),
-    "float": (["VIT", "FOLDERS", "--binarize", "none", "--method", "surge"], "leave out --method and --method_args"),
-    "two_step": (["VIT", "FOLDERS", "--two_step", "--binarize", "weights"], "--two_step ends with binarize='both'"),
-    "fraction": (["VIT", "FOLDERS", "--two_step", "--two_step_fraction", "1"], "two_step_fraction=1.0: expected a sh"),
-    "two_step's model": (["CONVNEXT", "FOLDERS", "--two_step"], "--two_step is for ViT and ResNet: leave it out with"),
-    "method": (["VIT", "FOLDERS", "--method", "sgd"], "unknown method 'sgd'; known methods: ste, "),
-}
-
-
-@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_arguments_are_told_with_the_way_out(
-    run: Run, folders: list[str], arguments: list[str], message: str, tmp_path: Path
-):
-    for name in ("empty", "bert"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
-    stands_for = {"FOLDERS": folders, "FOLDER": folders[1:2], "VIT": VIT, "CONVNEXT": CONVNEXT}
-    stands_for |= {"EMPTY": [tmp_path / "empty"], "BERT": [tmp_path / "bert"]}
-    if "DATA" in arguments:
-        stands_for["DATA"] = [write_parquet(tmp_path / "data", train=table(), test=table())]
-    if "THREE" in arguments:
-        stands_for["THREE"] = [save_vit(tmp_path / "three", num_labels=3)]
-    given = [text for argument in arguments for text in stands_for.get(argument, [argument])]
-    with pytest.raises(ValueError, match=message):
-        run(*given, *TRAIN)
-
-
-def test_a_transform_of_torchvision_needs_torchvision(run: Run, folders: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "torchvision.transforms", None)
-    with pytest.raises(ValueError, match="--torchvision_transform RandAugment needs torchvision: pip install"):
-        run(*folders, *VIT, *TRAIN, "--torchvision_transform", "RandAugment")
-
-
-def test_there_must_be_something_to_do(run: Run, folders: list[str]):
-    with pytest.raises(ValueError, match="nothing to do: give --do_train, --do_eval or --do_predict"):
-        run(*folders, *VIT)
-
-
-def test_a_head_of_another_size_is_replaced_only_when_asked(run: Run, folders: list[str], tmp_path: Path):
-    model = ["--model_name_or_path", save_vit(tmp_path / "three", num_labels=3)]
-    run(*folders, *TRAIN, *model, "--ignore_mismatched_sizes")
-    assert load(tmp_path / "out").config.num_labels == 2
-
-
-def test_the_images_must_have_the_models_size(run: Run, folders: list[str], tmp_path: Path):
-    other = save_vit(tmp_path / "other", image_size=16)
-    with pytest.raises(
-        ValueError, match=r"the image processor makes images of \(16, 16\), the model takes \(8, 8\): name"
-    ):
-        run(*folders, *VIT, *TRAIN, "--image_processor_name", other)
-
-
-@pytest.mark.parametrize("lazily", [False, True], ids=["at once", "when it is needed"])
-def test_a_corrupt_image_is_named(run: Run, folders: list[str], lazily: bool):
-    broken = Path(folders[1]) / "red/03.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    more = ["--augmentation", "imagenet", "--image_size", 8] if lazily else []
-    with pytest.raises(
-        ValueError, match=r"the image of row \d+ of the .*data \(.*red/03.png\) cannot be read: .*; replace"
-    ):
-        run(*folders, *VIT, *TRAIN, *more, "--num_train_epochs", 1)
-
-
-def test_an_empty_class_folder_is_named(run: Run, folders: list[str]):
-    (Path(folders[1]) / "green").mkdir()
-    with pytest.raises(ValueError, match=r"the class folder '.*train/green' holds no image: fill it, or delete it"):
-        run(*folders, *VIT, *TRAIN)
-    (Path(folders[1]) / "green").rmdir()
-    (Path(folders[3]) / "green").mkdir()
-    image(0, 0).save(Path(folders[3]) / "green/0.png")
-    with pytest.raises(
-        ValueError, match=r"validation' has the class 'green', which train_dir .* has not \(blue, red\)"
-    ):
-        run(*folders, *VIT, *TRAIN)
-
-
-def test_a_class_outside_the_declared_range_is_an_error(run: Run, tmp_path: Path):
-    unknown = table().cast_column("label", datasets.Value("int64")).map(lambda row: {"label": -1})
-    unknown = unknown.cast_column("label", ClassLabel(names=NAMES))
-    data = write_parquet(tmp_path / "data", train=table(), validation=unknown)
-    with pytest.raises(ValueError, match="row 0 of the validation data has the label -1, which is none of the 2"):
-        run("--dataset_name", data, *VIT, *TRAIN)
 
 
 # Other processes

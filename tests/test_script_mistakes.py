@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from datasets import disable_progress_bars, enable_progress_bars
 from datasets.utils.logging import get_verbosity, set_verbosity
+from image_runs import save_vit, table, write_folder, write_parquet
 from test_run_glue import rows, save_bert, write
-from test_run_image_classification import save_vit, table, write_folder, write_parquet
 from transformers.utils import logging as transformers_logging
 
 from hf_bnn import BinaryViTForImageClassification, pack_
@@ -59,7 +59,7 @@ def failing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Failing:
-    """What a script says of its mistake: the line that it ends with."""
+    """The error of a script: the last line that it prints."""
 
     def start(
         script: str, *arguments: object, output_dir: object = "out", do: tuple[str, ...] = ("train", "eval")
@@ -69,7 +69,7 @@ def failing(
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *given, *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            commandline.run(importlib.import_module(script).main)
+            commandline.exit_after(importlib.import_module(script).main)
         assert ended.value.code == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1

@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from bench_methods import Arm, Net, Training, run_arm
+from method_training import Training
 from small_nets import digits, plain_mlp
+from stompp_order import Arm, Net, run_arm
 from test_trainer import StopAt, trainer
 from tiny import make_net, optimizer_of, tiny_batch, tiny_model, train_steps
 from torch import Tensor, nn

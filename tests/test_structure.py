@@ -1,4 +1,4 @@
-"""What conversions keep: a layer's geometry, dtype, mode and settings, and its place in the network."""
+"""Properties that conversions keep: a layer's geometry, dtype, mode and settings, and its place in the network."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What a model consists of: counted by hand, and the same whether it is latent or packed."""
+"""A summary equals counts by hand, and is the same for the latent and the packed model."""
 
 import copy
 

@@ -35,7 +35,8 @@ from hf_bnn import (
     BinaryViTForMaskedImageModeling,
     pack_,
 )
-from hf_bnn.training.distillation import Distillation, Outputs, head_of
+from hf_bnn.training.distillation import Distillation, Outputs
+from hf_bnn.training.prediction_losses import head_of
 from hf_bnn.training.teacher import TeacherCache, teacher_inputs
 
 NAMES = {"num_labels": 2, "id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
@@ -74,7 +75,7 @@ REFUSED = {
     "no head": (
         BertModel,
         {},
-        "a BertModel, has no head: it puts out no logits. Take one that was trained for the ta",
+        "a BertModel, has no head: it returns no logits. Take one that was trained for the ta",
     ),
     "other head": (
         BertForTokenClassification,
@@ -165,7 +166,7 @@ class Odd(nn.Module):
     ("teacher", "message"),
     [
         (Odd(logits=(3,)), r"the teacher's logits are \(8, 3\), the student's \(8, 2\)"),
-        (Odd(scores=(2,)), r"the teacher puts out no 'logits', only \['scores'\]"),
+        (Odd(scores=(2,)), r"the teacher returns no 'logits', only \['scores'\]"),
         (Odd(), "the teacher, a Odd, cannot run on a batch: index out of range"),
     ],
 )

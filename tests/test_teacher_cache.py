@@ -1,4 +1,4 @@
-"""What the cache of the teacher's outputs must not confuse, and which layers a shallower student is held against."""
+"""Keys of the cache of the teacher's outputs, and the teacher's layers that a shallower student is compared with."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What run_glue.py reads: files of every kind and their faults, by line; the labels in them."""
+"""The input of run_glue.py: files of every kind, their faults by line, and the labels in them."""
 
 import gzip
 import json
@@ -14,8 +14,9 @@ from hf_bnn.models.bert import BinaryBertConfig
 from hf_bnn.tasks.labels import Labels
 from hf_bnn.tasks.text import data as text_data
 from hf_bnn.tasks.text.arguments import Arguments, parse
-from hf_bnn.tasks.text.data import load_data, tokenized, with_targets
+from hf_bnn.tasks.text.data import load_data
 from hf_bnn.tasks.text.files import read_table
+from hf_bnn.tasks.text.inputs import tokenized, with_targets
 
 WORDS = ["good film", "dull film", "fine plot", "bad plot"]
 ENDINGS = ["csv", "csv.gz", "json", "jsonl", "parquet"]

@@ -1,4 +1,4 @@
-"""What any training loop must do for a method: two moments a step, optimizer groups, state, the search for a NaN."""
+"""The duties of a training loop towards a method: two calls per step, optimizer groups, state, the search for a NaN."""
 
 from dataclasses import dataclass
 from typing import ClassVar

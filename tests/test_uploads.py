@@ -1,4 +1,4 @@
-"""What goes to the Hub: the model, its own card, and neither a token nor a path of this machine."""
+"""Uploads to the Hub: the model and its own card, without tokens or local paths."""
 
 import json
 import re

@@ -3,12 +3,12 @@
     hf-bnn doctor
     hf-bnn train text --help
 
-It is an extension of the `hf` command as well. `hf extensions install OWNER/hf-bnn` takes a GitHub repository called
-`hf-NAME`, installs its package into an environment of its own, and needs a console script of the same name: `hf-bnn`,
-which pyproject.toml declares. `hf bnn COMMAND` then runs it.
+It is also an extension of the `hf` command. `hf extensions install OWNER/hf-bnn` takes a GitHub repository called
+`hf-NAME` and installs its package into a separate environment. The package must have a console script of the same name:
+`hf-bnn`, which pyproject.toml declares. `hf bnn COMMAND` then runs it.
 
-Exit codes: 0 all is well; 1 a file is damaged, or a check has found a problem; 2 the command line is wrong; 130 the
-user has stopped it.
+Exit codes: 0 success; 1 a damaged file, or a check that found a problem; 2 a wrong command line; 130 stopped by the
+user.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..tasks.errors import UsageError, exit_code
 
 PROGRAM = "hf-bnn"
 
-# What each command is for, and its module, which is imported only when the command runs.
+# The module of each command, which is imported only when the command runs, and its purpose.
 COMMANDS = {
     "train": ("train", "train, evaluate and pack a classifier of texts or images"),
     "predict": ("predict", "label texts or images with a saved classifier"),
     "pack": ("pack", "turn latent float weights into bits"),
     "summary": ("inspect", "count the binary weights of a model and their bytes"),
-    "check": ("inspect", "find binary layers whose inputs say nothing"),
+    "check": ("inspect", "find binary layers whose inputs carry no information"),
     "bench": ("bench", "time a binary model against its float form on this machine"),
     "compare": ("compare", "train with several methods and seeds, and compare them on your data"),
     "card": ("card", "write the model card"),
@@ -60,7 +60,7 @@ def main(command_line: list[str] | None = None) -> int:
         command_line: the command and its arguments; None takes those of this process.
 
     Returns:
-        The exit code. Nothing is raised for what the user can set right: it is one line on stderr.
+        The exit code. An error that the user can correct is not raised, but printed as one line on stderr.
     """
     words = sys.argv[1:] if command_line is None else list(command_line)
     if words[:1] in (["--help"], ["-h"]):

@@ -1,4 +1,4 @@
-"""`hf-bnn bench`: how long a binary model takes, and how long its float form does."""
+"""`hf-bnn bench`: the time of a binary model and of its float form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOAT_FIELDS = {"binarize": "none", "attention": "float", "embeddings": "float",
 
 
 def bench(words: list[str]) -> int:
-    """Print the median time of a forward pass, of the optimized model and of the float model of the same config.
+    """Print the median times of a forward pass: of the optimized model, and of a float model of the same config.
 
     Args:
         words: MODEL and the options.
@@ -28,7 +28,7 @@ def bench(words: list[str]) -> int:
     parser = Parser(
         "bench",
         "Time a forward pass of a binary model, packed and optimized, and of a float model of the same config with\n"
-        "random weights. The two take turns, and the medians are printed. Inputs are random.",
+        "random weights. The two take turns; the medians are printed. Inputs are random.",
         "hf-bnn bench my-model --batch_size 1 32 --threads 1",
     )
     parser.add_model()
@@ -44,7 +44,7 @@ def bench(words: list[str]) -> int:
     from .. import kernels
     from ..machine import environment, median_ms
 
-    binary = load(arguments.model)
+    binary = load(arguments.model, arguments.revision)
     with one_line(arguments.model):
         models = {"float": float_form(binary).eval(), "binary": optimized(binary, arguments.model)}
     threads, rows = torch.get_num_threads(), []

@@ -1,4 +1,4 @@
-"""`hf-bnn card`: what a repository says of a binary model."""
+"""`hf-bnn card`: the model card of a binary model."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def card(words: list[str]) -> int:
     """
     parser = Parser(
         "card",
-        "Print the card of a binary model: what is binary in it, how small it is, and how to load it.",
+        "Print the card of a binary model: its binary parts, its size, and how to load it.",
         "hf-bnn card my-model --name me/my-model --output my-model/README.md",
     )
     parser.add_model()
-    parser.add_argument("--name", help="the repository's name on the Hub (default: the folder's)")
-    parser.add_argument("--output", metavar="FILE", help="write it to a file, such as README.md")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add_argument("--name", help="name of the repository on the Hub (default: the folder's name)")
+    parser.add_argument("--output", metavar="FILE", help="write the card to a file, such as README.md")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     arguments = parser.parse_args(words)
     if arguments.output and Path(arguments.output).exists() and not arguments.overwrite:
         raise UsageError(f"{arguments.output} exists already: name another file, or give --overwrite")
     from ..model_card import body, facts_of
     from ..nn.packed import is_packed
 
-    model = load(arguments.model)
+    model = load(arguments.model, arguments.revision)
     path = Path(arguments.model)
     name = arguments.name or (path.resolve().name if path.is_dir() else arguments.model)
     text = HEADER + body(facts_of(model, packed=is_packed(model)), name)

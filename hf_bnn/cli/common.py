@@ -1,4 +1,4 @@
-"""What the commands share: the parser, loading a model, its inputs, and printing."""
+"""Shared by the commands: the parser, loading a model, its inputs, and printing."""
 
 from __future__ import annotations
 
@@ -39,8 +39,13 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def add_model(self) -> None:
-        """The argument MODEL."""
+        """The argument MODEL, and the option --revision."""
         self.add_argument("model", metavar="MODEL", help="folder of a saved binary model, or its name on the Hub")
+        self.add_revision()
+
+    def add_revision(self) -> None:
+        """The option --revision."""
+        self.add_argument("--revision", help="branch, tag or commit of a model on the Hub (default: main)")
 
     def add_json(self) -> None:
         """The option --json."""
@@ -48,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
+    """An argparse type: a whole number of at least 1."""
     value = int(text) if text.isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
@@ -57,7 +62,7 @@ def positive(text: str) -> int:
 
 @contextmanager
 def extras() -> Iterator[None]:
-    """Raise UsageError, with the command that installs it, for a package of an extra that is missing."""
+    """Turn the import error of a missing extra into a UsageError with the command that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -69,7 +74,7 @@ def extras() -> Iterator[None]:
 
 @contextmanager
 def one_line(name: str) -> Iterator[None]:
-    """What the libraries say of the model `name`, as a UsageError of one line."""
+    """Turn the libraries' errors about the model `name` into a UsageError of one line."""
     try:
         yield
     except (UsageError, CorruptCheckpointError):
@@ -78,11 +83,12 @@ def one_line(name: str) -> Iterator[None]:
         raise UsageError(f"{name}: {' '.join(str(error).split())}") from error
 
 
-def load(name: str) -> PreTrainedModel:
-    """A saved binary model, latent or packed, in evaluation. It runs no code of the model and reads no pickles.
+def load(name: str, revision: str | None = None) -> PreTrainedModel:
+    """A saved binary model, latent or packed, in evaluation mode. Loading runs no code of the model, and no pickles.
 
     Args:
         name: a folder, or a name on the Hub.
+        revision: a branch, tag or commit on the Hub. None: main.
 
     Raises:
         UsageError: there is no such model, or it is not binary.
@@ -92,8 +98,10 @@ def load(name: str) -> PreTrainedModel:
 
     own = importlib.import_module("..", __package__)
     check_folder(name)
+    check_revision(name, revision)
     with one_line(name):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        of_hub = hub_options(revision)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **of_hub)
         architecture = (config.architectures or [""])[0]
         if not is_binary_config(config.to_dict()):
             raise UsageError(
@@ -103,11 +111,11 @@ def load(name: str) -> PreTrainedModel:
         kind = getattr(own, architecture, None) or getattr(transformers, architecture, None)
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             raise UsageError(f"{name}: its config.json names the unknown architecture {architecture!r}: save it again")
-        return kind.from_pretrained(name, use_safetensors=True).eval()
+        return kind.from_pretrained(name, use_safetensors=True, **of_hub).eval()
 
 
 def check_folder(name: str) -> None:
-    """Raise UsageError for what can only be a folder, and is none, or holds no model."""
+    """Raise UsageError for a path that is not a folder, or for a folder without a model. Names on the Hub pass."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -118,8 +126,19 @@ def check_folder(name: str) -> None:
         raise UsageError(f"{name}: there is no such folder")
 
 
+def check_revision(name: str, revision: str | None) -> None:
+    """Raise UsageError for a revision of a local folder, which has none."""
+    if revision is not None and Path(name).is_dir():
+        raise UsageError(f"--revision {revision} is for a model on the Hub, but {name} is a folder: leave it out")
+
+
+def hub_options(revision: str | None) -> dict[str, str]:
+    """The arguments of `from_pretrained` for a revision. None: main."""
+    return {} if revision is None else {"revision": revision}
+
+
 def is_binary_config(config: dict[str, Any]) -> bool:
-    """Whether a config is of a model that hf_bnn has made binary."""
+    """Whether a config describes a model that hf_bnn has made binary."""
     record = config.get("quantization_config") or {}
     own = str(config.get("model_type", "")).startswith("hf_bnn_") and config.get("binarize") != "none"
     return own or record.get("quant_method") == "hf_bnn"
@@ -129,8 +148,8 @@ def optimized(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """The model, packed if it is not, and optimized for this processor, in place.
 
     Args:
-        model: what `load` has returned.
-        name: the folder, which tells how far training has come.
+        model: the result of `load`.
+        name: its folder, which records how far training has come.
 
     Raises:
         UsageError: its method has not finished making it binary.
@@ -151,7 +170,7 @@ def reads_images(model: PreTrainedModel) -> bool:
 
 
 def random_batch(model: PreTrainedModel, rows: int, tokens: int = 64) -> dict[str, torch.Tensor]:
-    """Inputs without a meaning, the same in every call: token ids `(rows, tokens)`, or images of noise."""
+    """Random inputs, the same in every call: token ids `(rows, tokens)`, or images of noise."""
     import torch
 
     generator, config = torch.Generator().manual_seed(0), model.config
@@ -170,7 +189,7 @@ def dump(found: Any) -> None:
 
 
 def print_table(rows: list[list[str]]) -> None:
-    """Print columns, each as wide as its widest cell; the first one begins at the left, the others end at the right."""
+    """Print rows in aligned columns: the first one left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [

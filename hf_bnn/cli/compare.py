@@ -1,8 +1,7 @@
-"""`hf-bnn compare`: methods times seeds on the user's own data, and what the differences between them show.
+"""`hf-bnn compare`: trains with several methods and seeds on the user's data, and compares the results.
 
-Each run has a process of its own, whose peak of memory is noted, and a folder of its own below --output_dir. The same
-command goes on where it was stopped: finished runs are used again, the one that was cut off resumes from its last
-checkpoint.
+Each run has its own process, whose peak memory is recorded, and its own folder below --output_dir. The same command
+continues a stopped comparison: it reuses finished runs, and resumes the interrupted one from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from .train import KINDS
 
 RECORD, RESULTS = "compare_run.json", "all_results.json"
 RESERVED = ("--seed", "--method", "--method_args", "--resume_from_checkpoint", "--do_predict")
-METRICS = ("combined_score", "accuracy", "matthews_correlation", "pearson", "mse")  # the first that a run has
+METRICS = ("combined_score", "accuracy", "matthews_correlation", "pearson", "mse")  # in order of preference
 LOWER_IS_BETTER = ("loss", "mse")
-FLOAT = "float"  # what stands for the float model among the methods
+FLOAT = "float"  # stands for the float model in --methods
 LEVEL = 0.95
 
 
 class Run(NamedTuple):
-    """One training: its folder, and what came of it."""
+    """A training run: its folder and its results."""
 
     method: str
     seed: int
     folder: Path
     metrics: dict[str, float]
-    seconds: float | None  # of training; None if it was made in several parts
-    peak_bytes: int | None  # of the process; None where the system does not tell
+    seconds: float | None  # of training; None if the run was interrupted
+    peak_bytes: int | None  # of the process; None if the system does not report it
 
 
 def compare(words: list[str]) -> int:
     """Train once per method and seed, and print means, differences and one sentence of advice.
 
     Args:
-        words: "text" or "images", the options of the comparison, and the task's own arguments, which pass through.
+        words: "text" or "images", the options of the comparison, and the arguments of the task.
 
     Returns:
         0, or the exit code of a run that failed.
@@ -56,7 +55,7 @@ def compare(words: list[str]) -> int:
         "compare",
         "Train with each method and each seed on the same data, and compare the results with those of the first "
         "method.\nAll further arguments are those of `hf-bnn train text` or `hf-bnn train images`.\n"
-        "A stopped comparison goes on with the same command; finished runs are used again.",
+        "The same command continues a stopped comparison, and reuses finished runs.",
         "hf-bnn compare text --methods ste surge:eta=0.1,aux=leaky --seeds 0 1 2 3 4 --output_dir comparison "
         "--model_name_or_path google-bert/bert-base-uncased --train_file train.csv --validation_file test.csv",
     )
@@ -66,18 +65,18 @@ def compare(words: list[str]) -> int:
         nargs="+",
         required=True,
         metavar="METHOD",
-        help=f'names of hf_bnn.METHODS, each with its arguments behind a colon; "{FLOAT}" is the float model',
+        help=f'names in hf_bnn.METHODS, each with its arguments after a colon; "{FLOAT}" is the float model',
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--output_dir", required=True, help="folder for all runs")
-    parser.add_argument("--metric", help="what to compare, such as accuracy or macro_f1 (default: the task's own)")
+    parser.add_argument("--metric", help="metric to compare, such as accuracy or macro_f1 (default: the task's own)")
     parser.add_json()
     arguments, passed = parser.parse_known_args(words)
     check(arguments.methods, arguments.seeds, passed)
     from tqdm import tqdm
 
     with extras():
-        import scipy  # noqa: F401 (before hours of training, not after them)
+        import scipy  # noqa: F401 (fails before hours of training, not after them)
     output, found = Path(arguments.output_dir), []
     pairs = [(method, seed) for seed in arguments.seeds for method in arguments.methods]
     for method, seed in tqdm(pairs, unit=" run", disable=None, file=sys.stderr):
@@ -97,7 +96,7 @@ def compare(words: list[str]) -> int:
 
 
 def check(methods: list[str], seeds: list[int], passed: list[str]) -> None:
-    """Raise UsageError for methods that do not exist, for what is given twice, and for what the comparison sets."""
+    """Raise UsageError for unknown methods, repeated values, and arguments that the comparison itself sets."""
     from ..methods import make_method, split_arguments
 
     for values, option in ((methods, "--methods"), (seeds, "--seeds")):
@@ -119,12 +118,12 @@ def check(methods: list[str], seeds: list[int], passed: list[str]) -> None:
 
 
 def folder_name(method: str) -> str:
-    """The name of a method's folder."""
+    """The name of a method's folder, without special characters."""
     return re.sub(r"[^\w.+=-]+", "-", method)
 
 
 def arguments_of(method: str, seed: int, passed: list[str]) -> list[str]:
-    """The task's arguments for one run, but for its folder."""
+    """The task's arguments for one run, without its folder."""
     from ..methods import split_arguments
 
     name, settings = split_arguments(method)
@@ -135,7 +134,7 @@ def arguments_of(method: str, seed: int, passed: list[str]) -> list[str]:
 
 
 def finished_run(kind: str, method: str, seed: int, output: Path, passed: list[str]) -> Run | int:
-    """The run, made now unless it lies there finished; or the exit code with which it failed."""
+    """The run, trained now unless a finished one exists; or the exit code with which it failed."""
     folder = output / folder_name(method) / f"seed-{seed}"
     words = arguments_of(method, seed, passed)
     record = read(folder / RECORD)
@@ -165,14 +164,14 @@ def finished_run(kind: str, method: str, seed: int, output: Path, passed: list[s
 
 
 def forget(folder: Path) -> None:
-    """Remove the folder of a run that has written nothing: its arguments were wrong, and are to be changed."""
+    """Remove the folder of a run that has written nothing, so that it can run again with corrected arguments."""
     if [path.name for path in folder.iterdir()] == [RECORD]:
         (folder / RECORD).unlink()
         folder.rmdir()
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """A file of JSON; None if there is no such file. Raises UsageError for one that cannot be read."""
+    """The dictionary in a JSON file; None if there is no file. Raises UsageError if it cannot be read."""
     if not path.is_file():
         return None
     try:
@@ -185,7 +184,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def launch(kind: str, words: list[str]) -> tuple[int, int | None]:
-    """Run the task in a process of its own, its output on stderr; its exit code, and its peak of memory in bytes."""
+    """Run the task in a separate process with its output on stderr. Returns exit code and peak memory in bytes."""
     command = [sys.executable, "-m", __name__.partition(".")[0], "train", kind, *words]
     process = subprocess.Popen(command, stdout=2)
     try:
@@ -201,7 +200,7 @@ def launch(kind: str, words: list[str]) -> tuple[int, int | None]:
 
 
 def metric_of(runs: list[Run], asked: str | None) -> str:
-    """The key of what is compared. Raises UsageError if not every run has it."""
+    """The key of the metric to compare. Raises UsageError if a run lacks it."""
     shared = [key for key in runs[0].metrics if key.startswith("eval_") and all(key in run.metrics for run in runs)]
     wanted = [asked] if asked else METRICS
     for name in wanted:
@@ -214,7 +213,7 @@ def metric_of(runs: list[Run], asked: str | None) -> str:
 
 
 def compared(runs: list[Run], methods: list[str], seeds: list[int], asked: str | None = None) -> dict[str, Any]:
-    """Means, and differences to the first method, paired by seed, with their intervals."""
+    """The means of the methods, and their differences from the first one, paired by seed, with intervals."""
     metric = metric_of(runs, asked)
     values = {(run.method, run.seed): run.metrics[metric] for run in runs}
     rows = []
@@ -240,7 +239,7 @@ def compared(runs: list[Run], methods: list[str], seeds: list[int], asked: str |
 
 
 def interval(differences: list[float]) -> list[float] | None:
-    """The t interval of a mean difference; None for one seed, and where all differences are the same.
+    """The t interval of a mean difference; None for one seed, or if all differences are equal.
 
     >>> [round(bound, 3) for bound in interval([0.01, 0.02, 0.03])]
     [-0.005, 0.045]
@@ -255,7 +254,7 @@ def interval(differences: list[float]) -> list[float] | None:
 
 
 def advice(rows: list[dict[str, Any]], metric: str, seeds: int) -> str:
-    """One sentence, which claims what the intervals show, and no more."""
+    """One sentence of advice, which claims no more than the intervals show."""
     first, others = rows[0]["method"], rows[1:]
     if not others:
         return "One method alone is compared with nothing: name a second one in --methods."
@@ -278,7 +277,7 @@ def advice(rows: list[dict[str, Any]], metric: str, seeds: int) -> str:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print a comparison for people."""
+    """Print a comparison as a table, with the advice."""
     table = [["method", report["metric"], "difference", "95 % interval", "seconds", "peak memory, MB"]]
     for row in report["methods"]:
         difference, bounds = row["difference"], row["interval"]

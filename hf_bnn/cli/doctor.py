@@ -1,4 +1,4 @@
-"""`hf-bnn doctor`: what is installed here, and what will be slow for want of what."""
+"""`hf-bnn doctor`: shows what is installed, and what will be slow and why."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def doctor(words: list[str]) -> int:
         words: the options.
 
     Returns:
-        1 if inference would be slow here for want of compiled kernels; else 0.
+        1 if inference will be slow because there are no compiled kernels; else 0.
     """
     parser = Parser(
         "doctor",
@@ -49,7 +49,7 @@ def doctor(words: list[str]) -> int:
 
 
 def examined() -> dict[str, Any]:
-    """All that `hf-bnn doctor` shows, by its JSON keys."""
+    """Everything that `hf-bnn doctor` shows, by JSON key."""
     import torch
 
     from .. import kernels
@@ -57,7 +57,7 @@ def examined() -> dict[str, Any]:
     from ..machine import environment
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # it says of missing kernels what `slow` says
+        warnings.simplefilter("ignore", RuntimeWarning)  # it warns of missing kernels, which `slow` reports
         backend = kernels.backend()
     lacking = library()
     found = {
@@ -73,7 +73,7 @@ def examined() -> dict[str, Any]:
 
 
 def version_of(name: str) -> str | None:
-    """The installed version of a package, None if it is missing."""
+    """The installed version of a package; None if it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -81,7 +81,7 @@ def version_of(name: str) -> str | None:
 
 
 def slow(found: dict[str, Any]) -> list[str]:
-    """A sentence for each thing that will be slow, with the reason and the way out."""
+    """A sentence for each thing that will be slow, with the reason and the remedy."""
     said = []
     chosen = os.environ.get("HF_BNN_KERNEL")
     best = found["available"][0]
@@ -93,9 +93,7 @@ def slow(found: dict[str, Any]) -> list[str]:
     elif chosen and found["backend"] != best:
         said.append(f"HF_BNN_KERNEL={chosen} asks for slower kernels than {best}: unset it.")
     elif found["backend"] not in FASTEST:
-        said.append(
-            "Packed models run on portable kernels: this processor has no instructions for which there are any."
-        )
+        said.append("Packed models run on portable kernels: there are no faster ones for this processor.")
     if found["threads"] > (found["cores"] or 1):
         said.append(
             f"torch uses {found['threads']} threads on {found['cores']} cores, which wait for each other: "
@@ -107,7 +105,7 @@ def slow(found: dict[str, Any]) -> list[str]:
 
 
 def missing(found: dict[str, Any]) -> list[str]:
-    """A sentence for each extra of which a package is missing."""
+    """A sentence for each extra with missing packages."""
     lacking: dict[str, list[str]] = {}
     for name, extra in OPTIONAL.items():
         if found["optional"][name] is None:
@@ -117,7 +115,7 @@ def missing(found: dict[str, Any]) -> list[str]:
 
 
 def print_report(found: dict[str, Any]) -> None:
-    """Print what `examined` has found, for people."""
+    """Print the result of `examined` as a table."""
     installed = {**found["versions"], **found["optional"]}
     rows = [
         ("processor", f"{found['cpu']}, {found['cores']} cores"),

@@ -1,4 +1,4 @@
-"""The texts or images that a command reads, in batches as a model takes them."""
+"""The texts or images that a command reads, in batches for a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..tasks.errors import UsageError, shown
-from .common import Parser, extras, one_line, positive, reads_images
+from .common import Parser, extras, hub_options, one_line, positive, reads_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,26 +28,26 @@ class Inputs(NamedTuple):
 
     @property
     def count(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(next(iter(self.columns.values())))
 
 
 def add_inputs(parser: Parser) -> None:
-    """The options that say what a model is to read."""
+    """The options that name a model's inputs."""
     parser.add_argument("--text", nargs="+", metavar="TEXT", help="texts, each in quotes")
-    parser.add_argument("--file", help="csv, json, jsonl or txt (a text on each line) file of texts; - reads stdin")
+    parser.add_argument("--file", help="file of texts: csv, json, jsonl, or txt with a text per line; - reads stdin")
     parser.add_argument(
-        "--column", nargs="+", metavar="NAME", help="column of --file with the texts; two columns for pairs"
+        "--column", nargs="+", metavar="NAME", help="column of --file with the texts, or two columns for pairs"
     )
     parser.add_argument("--images", metavar="DIR", help="folder of images, or one image")
     parser.add_argument("--batch_size", type=positive, default=32, help="rows at a time (default: 32)")
 
 
 def read_inputs(arguments: argparse.Namespace, model: PreTrainedModel) -> Inputs | None:
-    """What the options name; None if they name nothing.
+    """The inputs that the options name; None if they name none.
 
     Raises:
-        UsageError: it cannot be read, or the model does not take it.
+        UsageError: the inputs cannot be read, or do not fit the model.
     """
     given = [name for name in ("text", "file", "images") if getattr(arguments, name) is not None]
     if len(given) > 1:
@@ -65,7 +65,7 @@ def read_inputs(arguments: argparse.Namespace, model: PreTrainedModel) -> Inputs
 
 
 def image_files(path: Path) -> Inputs:
-    """The images in a folder and below, in the order of their names."""
+    """The images in a folder and its subfolders, sorted by name."""
     if not path.exists():
         raise UsageError(f"--images {path}: there is no such folder")
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES) if path.is_dir() else [path]
@@ -112,7 +112,7 @@ def text_file(name: str, columns: list[str] | None) -> Inputs:
 
 
 def default_columns(name: str, columns: list[str]) -> list[str]:
-    """The column with the texts, where it can be told. Raises UsageError where it cannot."""
+    """The column with the texts. Raises UsageError if that is not clear."""
     named = [column for column in columns if column in TEXT_COLUMNS]
     others = [column for column in columns if column not in LABEL_COLUMNS]
     for found in (named, others):
@@ -121,30 +121,32 @@ def default_columns(name: str, columns: list[str]) -> list[str]:
     raise UsageError(f"{name} has the columns {shown(columns)}: name the one with the texts in --column")
 
 
-def batches(name: str, model: PreTrainedModel, inputs: Inputs, size: int) -> Iterator[tuple[range, dict[str, Tensor]]]:
-    """The rows of each batch, and the batch as the model takes it.
+def batches(
+    arguments: argparse.Namespace, model: PreTrainedModel, inputs: Inputs
+) -> Iterator[tuple[range, dict[str, Tensor]]]:
+    """The row numbers of each batch, and the batch as the model takes it.
 
     Args:
-        name: the folder or the Hub's name, from which the tokenizer or the image processor comes.
-        model: what takes the batches.
-        inputs: what to read.
-        size: rows of a batch.
+        arguments: `model` and `revision` name the tokenizer or image processor, `batch_size` the rows of a batch.
+        model: the model that takes the batches.
+        inputs: the result of `read_inputs`.
 
     Raises:
         UsageError: the model has no tokenizer or image processor, or an image cannot be read.
     """
-    encode = image_encoder(name, model) if reads_images(model) else text_encoder(name, model)
+    make_encoder = image_encoder if reads_images(model) else text_encoder
+    encode, size = make_encoder(arguments.model, arguments.revision, model), arguments.batch_size
     for start in range(0, inputs.count, size):
         rows = range(start, min(start + size, inputs.count))
         yield rows, encode(*([values[i] for i in rows] for values in inputs.columns.values()))
 
 
-def text_encoder(name: str, model: PreTrainedModel):
+def text_encoder(name: str, revision: str | None, model: PreTrainedModel):
     """A function from lists of texts to a batch."""
     from transformers import AutoTokenizer
 
     with one_line(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub_options(revision))
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
 
     def encode(*texts: list[str]) -> dict[str, Tensor]:
@@ -153,18 +155,18 @@ def text_encoder(name: str, model: PreTrainedModel):
     return encode
 
 
-def image_encoder(name: str, model: PreTrainedModel):
-    """A function from a list of files to a batch, by the steps of `hf-bnn train images`."""
+def image_encoder(name: str, revision: str | None, model: PreTrainedModel):
+    """A function from a list of files to a batch, processed as in `hf-bnn train images`."""
     import numpy as np
     import torch
 
     with extras():
         from transformers import AutoImageProcessor
 
-        from ..tasks.images.data import picture
+        from ..tasks.images.pictures import picture
         from ..tasks.images.transforms import Preprocessing
     with one_line(name):
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub_options(revision))
     preprocessing = Preprocessing(processor, model.config.num_channels)
 
     def encode(files: list[str]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`hf-bnn summary` and `hf-bnn check`: what a model consists of, and what its binary layers see."""
+"""`hf-bnn summary` and `hf-bnn check`: the composition of a model, and the inputs of its binary layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .inputs import add_inputs, batches, read_inputs
 
 
 def summary(words: list[str]) -> int:
-    """Print the counts of hf_bnn.summary.
+    """Print the result of `hf_bnn.summary`.
 
     Args:
         words: MODEL and the options.
@@ -25,7 +25,7 @@ def summary(words: list[str]) -> int:
     parser.add_model()
     parser.add_json()
     arguments = parser.parse_args(words)
-    model = load(arguments.model)
+    model = load(arguments.model, arguments.revision)
     found = count(model)
     compression = found.matrix_compression if found.binary_weights else None
     if arguments.json:
@@ -48,10 +48,10 @@ def summary(words: list[str]) -> int:
 
 
 def check(words: list[str]) -> int:
-    """Print what hf_bnn.check_inputs finds on a batch.
+    """Print the result of `hf_bnn.check_inputs` on a batch.
 
     Args:
-        words: MODEL, what it is to read, and the options.
+        words: MODEL, its inputs, and the options.
 
     Returns:
         1 if a layer has a problem, such as constant signs; else 0.
@@ -72,13 +72,13 @@ def check(words: list[str]) -> int:
     add_inputs(parser)
     parser.add_json()
     arguments = parser.parse_args(words)
-    model = load(arguments.model)
+    model = load(arguments.model, arguments.revision)
     inputs = read_inputs(arguments, model)
     if inputs is None:
-        print("no inputs were given: random ones are used, which say less than your own (--file)", file=sys.stderr)
+        print("no inputs were given: random ones are used, which show less than your own (--file)", file=sys.stderr)
         batch = random_batch(model, 32)
     else:
-        _, batch = next(batches(arguments.model, model, inputs, arguments.batch_size))
+        _, batch = next(batches(arguments, model, inputs))
     with one_line(arguments.model):
         reports = check_inputs(model, batch)
     problems = [report for report in reports if report.problem]

@@ -1,4 +1,4 @@
-"""`hf-bnn pack`: latent float weights become bits."""
+"""`hf-bnn pack`: replaces latent float weights by bits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..tasks.errors import UsageError
-from .common import Parser, check_folder, dump, load, one_line
+from .common import Parser, check_folder, dump, hub_options, load, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,12 +43,13 @@ def pack(words: list[str]) -> int:
     parser = Parser(
         "pack",
         "Load a latent model (a checkpoint-N folder of a training run, say), replace its weights by their bits, and "
-        "save it.\nThe tokenizer's or image processor's files go with it.",
+        "save it.\nThe files of the tokenizer or image processor are copied too.",
         "hf-bnn pack my-model/checkpoint-500 my-model-packed",
     )
-    parser.add_argument("latent", metavar="LATENT", help="folder of the latent model")
+    parser.add_argument("latent", metavar="LATENT", help="folder of the latent model, or its name on the Hub")
     parser.add_argument("output", metavar="OUTPUT", help="folder for the packed model")
-    parser.add_argument("--overwrite", action="store_true", help="replace the model that OUTPUT holds")
+    parser.add_revision()
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in OUTPUT")
     parser.add_argument(
         "--allow_unfinished", action="store_true", help="pack it even if its method has not finished making it binary"
     )
@@ -62,10 +63,10 @@ def pack(words: list[str]) -> int:
     if output.resolve() == Path(arguments.latent).resolve():
         raise UsageError(f"{output} is the latent model itself, which packing would lose: name another folder")
     check_folder(arguments.latent)
-    model = packed(load(arguments.latent), arguments.latent, arguments.allow_unfinished)
+    model = packed(load(arguments.latent, arguments.revision), arguments.latent, arguments.allow_unfinished)
     with one_line(arguments.output):
         model.save_pretrained(output)
-        files = copy_processor(arguments.latent, output)
+        files = copy_processor(arguments.latent, output, arguments.revision)
     counted = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     if arguments.json:
         dump({"output": str(output), "bytes": counted, "processor_files": files})
@@ -78,8 +79,8 @@ def packed(model: PreTrainedModel, name: str, allow_unfinished: bool = False) ->
     """The latent model, packed in place.
 
     Args:
-        model: what `load` has returned.
-        name: its folder. A trainer_state.json in it tells how far a StoMPP run has come.
+        model: the result of `load`.
+        name: its folder. A trainer_state.json in it records how far a StoMPP run has come.
         allow_unfinished: pack it even if its method has not finished.
 
     Raises:
@@ -92,7 +93,7 @@ def packed(model: PreTrainedModel, name: str, allow_unfinished: bool = False) ->
 
 
 def restore_progress(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Give the model, in place, the StoMPP masks that it had at its last step; other methods have none."""
+    """Restore the StoMPP masks of the model's last step, in place. Other methods have no masks."""
     from ..install import install_method
     from ..methods import Step, method_from_dict
     from ..training import begin_step
@@ -111,26 +112,26 @@ def restore_progress(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return model
 
 
-def copy_processor(source: str, output: Path) -> list[str]:
-    """Copy the files of the tokenizer or the image processor, byte for byte; return their names."""
+def copy_processor(source: str, output: Path, revision: str | None) -> list[str]:
+    """Copy the files of the tokenizer or the image processor, byte for byte. Returns their names."""
     import shutil
 
     folder = Path(source)
     if not folder.is_dir():
-        return save_processor(source, output)
+        return save_processor(source, output, revision)
     found = [name for name in PROCESSORS if (folder / name).is_file()]
     for name in found:
         shutil.copyfile(folder / name, output / name)
     return found
 
 
-def save_processor(source: str, output: Path) -> list[str]:
-    """Save the tokenizer or the image processor of a model of the Hub; return the names of the files."""
+def save_processor(source: str, output: Path, revision: str | None) -> list[str]:
+    """Save the tokenizer or the image processor of a model on the Hub. Returns the names of the files."""
     from transformers import AutoProcessor
 
     before = set(output.iterdir())
     try:
-        AutoProcessor.from_pretrained(source, trust_remote_code=False).save_pretrained(output)
+        AutoProcessor.from_pretrained(source, trust_remote_code=False, **hub_options(revision)).save_pretrained(output)
     except (OSError, ValueError) as error:
         print(f"{source} has no tokenizer or image processor ({' '.join(str(error).split())[:200]})", file=sys.stderr)
     return sorted(path.name for path in set(output.iterdir()) - before)

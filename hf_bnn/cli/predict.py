@@ -1,4 +1,4 @@
-"""`hf-bnn predict`: the labels and scores of a saved classifier."""
+"""`hf-bnn predict`: labels and scores from a saved classifier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def predict(words: list[str]) -> int:
     """Print the labels and scores of texts or images.
 
     Args:
-        words: MODEL, what it is to read, and the options.
+        words: MODEL, its inputs, and the options.
 
     Raises:
         UsageError: there is no such classifier, or its inputs cannot be read.
@@ -37,7 +37,7 @@ def predict(words: list[str]) -> int:
         from ..tasks.labels import Labels, labels_of_model
         from ..tasks.predictions import prediction_columns, write_columns
 
-    model = load(arguments.model)
+    model = load(arguments.model, arguments.revision)
     if not hasattr(model.config, "num_labels") or "Classification" not in type(model).__name__:
         raise UsageError(f"{arguments.model} holds a {type(model).__name__}, which is no classifier of texts or images")
     if "Token" in type(model).__name__:
@@ -48,7 +48,7 @@ def predict(words: list[str]) -> int:
     optimized(model, arguments.model)
     found = []
     with torch.no_grad(), tqdm(total=inputs.count, unit=" rows", disable=None, file=sys.stderr) as bar:
-        for rows, batch in batches(arguments.model, model, inputs, arguments.batch_size):
+        for rows, batch in batches(arguments, model, inputs):
             found.append(model(**batch).logits.float())
             bar.update(len(rows))
     kind = getattr(model.config, "problem_type", None)
@@ -65,7 +65,7 @@ def predict(words: list[str]) -> int:
 
 
 def numbers(column: list[str]) -> list[str | float]:
-    """The column, with numbers where all of it is written as numbers with a point."""
+    """The column as numbers if every value is written with a decimal point, else as text."""
     try:
         return [float(value) for value in column] if all("." in value for value in column) else list(column)
     except ValueError:

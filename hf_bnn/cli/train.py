@@ -1,4 +1,4 @@
-"""`hf-bnn train`: what scripts/run_glue.py and scripts/run_image_classification.py do."""
+"""`hf-bnn train`: the same tasks as scripts/run_glue.py and scripts/run_image_classification.py."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ def train(words: list[str]) -> int:
     """Train, evaluate or predict.
 
     Args:
-        words: "text" or "images", then the task's own arguments, which all pass through.
+        words: "text" or "images", then the arguments of the task.
 
     Raises:
         UsageError: an argument is wrong, or a package is missing.
     """
     parser = Parser(
         "train",
-        "Train, evaluate and pack a binary classifier. All further arguments are the task's own: "
+        "Train, evaluate and pack a binary classifier. All further arguments belong to the task: "
         "`hf-bnn train text --help` lists them.",
         "hf-bnn train text --model_name_or_path google-bert/bert-base-uncased --train_file train.csv "
         "--validation_file test.csv --method surge --do_train --do_eval --output_dir my-model",
     )
     parser.add_argument("kind", choices=KINDS, help="what the classifier reads")
     kind = parser.parse_args(words[:1]).kind
-    run_task(kind, words[1:])
+    train_task(kind, words[1:])
     return 0
 
 
-def run_task(kind: str, words: list[str]) -> dict[str, float]:
-    """Run the text or the image task on its arguments; what all_results.json holds."""
+def train_task(kind: str, words: list[str]) -> dict[str, float]:
+    """Train, evaluate or predict with the text or the image task. Returns what all_results.json holds."""
     if kind not in KINDS:
         raise UsageError(f"{kind!r} is no kind of data: choose one of {', '.join(KINDS)}")
     with extras():

@@ -1,6 +1,4 @@
-"""Packed models made fast, in place: kernels' own layouts, and products fused with what is around them."""
-
-from collections.abc import Callable
+"""Makes packed models fast, in place: weights laid out for kernels, and products fused with their neighbours."""
 
 from torch import nn
 
@@ -9,6 +7,7 @@ from ..nn.packed import PackedConv2d, PackedLinear, is_packed
 from .attention import fuse_attention
 from .base import Fused
 from .layers import KernelConv2d, KernelLinear
+from .registry import FUSERS
 
 
 def _take_conv2d(layer: PackedConv2d) -> None:
@@ -16,8 +15,9 @@ def _take_conv2d(layer: PackedConv2d) -> None:
         KernelConv2d.replace_class(layer)
 
 
-# What becomes of a module of exactly this class, after its own parts were seen to. Models add their blocks.
-FUSERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
+# How to fuse a module of exactly this class, once its children are fused. Model families add their blocks with
+# the decorator `registry.fuses`.
+FUSERS |= {
     PackedLinear: KernelLinear.replace_class,
     PackedConv2d: _take_conv2d,
     BinaryAttention: fuse_attention,
@@ -26,19 +26,20 @@ FUSERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
 
 
 def optimize_(model: nn.Module) -> nn.Module:
-    """Make a packed model fast, in place, for inference: it computes what it did, and is saved as the packed model.
+    """Make a packed model fast, in place, for inference.
 
-    BERT's and ViT's attention makes queries, keys and values in one product, and its binary products run on bits;
-    hidden values of a feed-forward block stay bits; ResNet's blocks run channels last, with normalization, shortcut
-    and sign in one pass. Results equal the packed model's, bit for bit, but for weights-only layers, whose float
-    sums are added in another order. `unpack_` undoes it.
+    Attention of BERT and ViT computes queries, keys and values in one product, and its binary products run on bits.
+    The hidden values of a feed-forward block stay bits. ResNet blocks run channels last, with normalization, shortcut
+    and sign in one pass. Results equal those of the packed model bit for bit. The exception is weights-only layers,
+    which add floats in another order. `unpack_` undoes the change.
 
-    Each weight is held once, laid out for this machine's kernels (without any, as int8 signs, in a fourth of
-    float32's memory); a state dict has the checkpoint's bits again. Move the model to its device first.
+    Each weight is held once, in the layout of this machine's kernels; without kernels, as int8 signs in a fourth of
+    the memory of float32. The state dict is that of the packed model, and so is what is saved. Move the model to its
+    device before the call.
 
-    Whatever is written to its parameters is seen, through `.data` and numpy as well: layers whose tensors someone has
-    looked up compare them in each call, which takes a few microseconds. A program that torch.compile or torch.export
-    has made keeps the values that it was made with.
+    Later writes to parameters take effect, also through `.data` and numpy: layers whose tensors other code has read
+    compare them in each call, which takes a few microseconds. Programs made by torch.compile or torch.export keep the
+    values from when they were made.
 
     Raises ValueError if nothing in `model` is packed.
 

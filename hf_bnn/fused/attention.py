@@ -10,10 +10,10 @@ from .base import Fused
 
 
 class _FusedProducts(Fused):
-    """What both kinds share. Comes before the attention whose place it takes.
+    """Base of both kinds of fused attention. Stands before the attention class that it replaces.
 
-    Returns no weights, unless they are asked for. With those, in training, where gradients are asked for, and for other
-    dtypes than float32 it runs the parent's forward; in evaluation both are equal bit for bit.
+    Returns attention weights only on request. The parent's forward runs if weights are requested, in training, where
+    gradients are needed, and for dtypes other than float32. In evaluation both forwards are equal bit for bit.
     """
 
     made = ("kernel_levels",)
@@ -29,8 +29,8 @@ class _FusedProducts(Fused):
         dropout: float = 0.0,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        learns = self.learns(query) or self.learns(key) or self.learns(value)
-        plain = learns or need_weights or self.scores.partial or self.context.partial or not self.current()
+        gradient = self.wants_gradient(query) or self.wants_gradient(key) or self.wants_gradient(value)
+        plain = gradient or need_weights or self.scores.partial or self.context.partial or not self.current()
         if plain or not query.dtype == key.dtype == value.dtype == torch.float32:
             return super().forward(query, key, value, mask, scaling, dropout, need_weights)
         mask = additive_mask(mask, query.dtype)
@@ -43,7 +43,7 @@ class _FusedProducts(Fused):
 
     @torch.no_grad()
     def derive(self) -> None:
-        """`levels` of kernels.attention, with the roundings of BinaryMatmul."""
+        """Compute `levels` of kernels.attention, with the roundings of BinaryMatmul."""
         queries, keys = self.scores.left_levels, self.scores.right_levels
         weights, values = self.context.left_levels, self.context.right_levels
         thresholds = (levels.threshold() for levels in (queries, keys, values, weights))
@@ -69,7 +69,7 @@ FUSED = {BinaryAttention: FusedBinaryAttention, BooleanAttention: FusedBooleanAt
 
 
 def fuse_attention(module: BinaryAttention) -> None:
-    """Let `module`, in place, run as one operation in evaluation. Parameters and state dict stay what they are.
+    """Make `module` run as one operation in evaluation, in place. Parameters and state dict do not change.
 
     >>> attention = BinaryAttention().eval()
     >>> fuse_attention(attention)

@@ -1,4 +1,4 @@
-"""What tells a fused module from the plain one whose place it takes."""
+"""Base classes of fused modules, which replace the class of a plain module and keep its parts."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -13,12 +13,12 @@ from ..observers import looked_on
 
 
 class Planned:
-    """A module with `call`, a plan of its product that points into its tensors. Comes before the module's class."""
+    """A module with `call`, a planned product that points into its tensors. Stands before the class of the module."""
 
     call: Callable[[Tensor], Tensor]
 
     def plan(self) -> Callable[[Tensor], Tensor]:
-        """The call for the tensors as they are now."""
+        """The call for the present tensors."""
         raise NotImplementedError(f"{type(self).__name__} must say what it calls")
 
     def _apply(self, *args, **kwargs) -> nn.Module:
@@ -28,38 +28,40 @@ class Planned:
 
 
 class Fused:
-    """Comes before the class whose forward it replaces. A module becomes one, and plain again, by a change of class:
-    its parts, their names and the state dict stay as they are.
+    """Base of fused modules. Stands before the plain class whose forward it replaces.
+
+    A module is fused, and made plain again, by a change of its class. Its parts, their names and its state dict do not
+    change.
     """
 
     made: ClassVar[tuple[str, ...]] = ()  # attributes that `derive` adds
-    sources: Sources | None = None  # what `derive` has read
+    sources: Sources | None = None  # of what `derive` has made
 
     @classmethod
     def replace_class(cls, module: nn.Module) -> None:
-        """Make `module` one of these, in place."""
+        """Make `module` an instance of this class, in place."""
         module.__class__ = cls
         module.sources = None
         module.current()
-        if _derive_again not in module._load_state_dict_post_hooks.values():  # left there by an earlier time
+        if _derive_again not in module._load_state_dict_post_hooks.values():  # still there if it was fused before
             module.register_load_state_dict_post_hook(_derive_again)
 
     def derive(self) -> None:
-        """Make what the fused forward needs, from the module's tensors as they are now."""
+        """Derive what the fused forward needs from the present tensors of the module."""
 
     def entries(self) -> list[Source]:
-        """Of all that `derive` reads."""
+        """Entries that `derive` reads."""
         return []
 
     def unread(self) -> list[Source]:
-        """Of what `derive` uses and whoever writes it replaces."""
+        """Entries that `derive` uses and that are only ever replaced, never written to."""
         return []
 
     def current(self) -> bool:
-        """Whether what `derive` has made may be used: made anew if what it was made of has changed.
+        """Whether the derived data may be used. Derives it again if a source has changed.
 
-        False, so that the plain forward must run, if it cannot be made anew since something looks on. While
-        torch.compile or torch.export trace, it is taken as it is.
+        False if it is stale and something observes torch, so that it cannot be derived: the plain forward must run.
+        While torch.compile or torch.export trace, the data counts as current.
         """
         if is_compiling() or (self.sources is not None and self.sources.same()):
             return True
@@ -69,7 +71,7 @@ class Fused:
             before = [(slot, slot.lent) for slot, _ in self.entries() if isinstance(slot, Lent)]
             self.derive()
             self.sources = Sources(self.entries(), self.unread())
-            for slot, lent in before:  # what was read here is not kept
+            for slot, lent in before:  # no tensor read here is kept
                 slot.lent = lent
         return True
 
@@ -78,34 +80,34 @@ class Fused:
         super()._apply(*args, **kwargs)
         for slot, lent in before:
             slot.lent = lent
-        self.sources = None  # now, not in the next call: what was made of the scales may have been rounded
+        self.sources = None  # derive now: data derived from scales may have been rounded
         if not self.is_meta():
             self.current()
         return self
 
     def is_meta(self) -> bool:
-        """Whether there are only shapes."""
+        """Whether any tensor is on the meta device: shapes without numbers."""
         slots = [slot for module in self.modules() for slot in (module._parameters, module._buffers)]
         return any(tensor is not None and tensor.is_meta for slot in slots for tensor in dict.values(slot))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "sources": None}  # addresses: a copy, or a pickle, has its own
+        return {**self.__dict__, "sources": None}  # addresses are not copied: copies and pickles have their own
 
     @property
     def plain(self) -> type[nn.Module]:
-        """The class whose place this one has taken."""
+        """The class that this one has replaced."""
         order = type(self).__mro__
         return order[order.index(Fused) + 1]
 
     def restore(self) -> None:
-        """Make the module what it was, in place."""
+        """Make the module plain again, in place."""
         for name in (*self.made, "sources"):
             if name in self.__dict__ or name in self._modules or name in self._buffers:
                 delattr(self, name)
         self.__class__ = self.plain
 
-    def learns(self, x: Tensor) -> bool:
-        """Whether gradients may be asked for, which only the plain forward has."""
+    def wants_gradient(self, x: Tensor) -> bool:
+        """Whether a gradient may be needed, which only the plain forward computes."""
         return self.training or (torch.is_grad_enabled() and x.requires_grad)
 
 

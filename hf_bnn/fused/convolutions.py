@@ -1,7 +1,7 @@
-"""Residual blocks of binary convolutions that hand bits to one another: what runs when a packed ResNet is fast.
+"""Fused residual blocks of binary convolutions, which pass bits to one another.
 
-Where there is something that they do not know (training, gradients, other dtypes or devices, no compiled kernels,
-torch.compile, layers of another kind), the class behind them runs as if they were not there.
+In all cases that they do not cover, the plain class behind them runs: training, gradients, other dtypes or devices, no
+compiled kernels, torch.compile, layers of another kind.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Conv2dBlock, Epilogue, backend, max_pool, normalization
-from ..kernels.conv2d_block import GROUPS, Level, rounds_once
+from ..kernels.epilogue import GROUPS, rounds_once
 from ..kernels.lending import OWN
 from ..kernels.operands import runs_directly
+from ..kernels.planned_block import Level
 from ..kernels.sources import Source, lent_tensors_of, tensors_of
 from ..nn.activations import RPReLU
 from ..nn.packed import PackedConv2d
@@ -21,11 +22,11 @@ from .base import Fused
 
 
 class Signs(NamedTuple):
-    """What passes between blocks: float32 images, channels last, and the bits of them that the next one takes."""
+    """The output of a block for the next one: float32 images, channels last, and their bits against its threshold."""
 
     images: Tensor
     bits: Tensor | None = None
-    owned: bool = False  # whether nobody else looks at `images`, so that the next block may write over them
+    owned: bool = False  # whether nothing else uses `images`, so that the next block may overwrite them
 
 
 def runs_fused(x: Tensor) -> bool:
@@ -40,7 +41,7 @@ def runs_fused(x: Tensor) -> bool:
 
 
 def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """alpha and beta of a batch normalization in evaluation; None for what is not one, or cannot be repeated."""
+    """alpha and beta of a batch normalization in evaluation. None if kernels cannot equal this module."""
     if type(norm) is not nn.BatchNorm2d or norm.running_var is None or rounds_once() is None:
         return None
     values = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
@@ -55,7 +56,10 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def block_of(unit: nn.Module, epilogue: Epilogue) -> Conv2dBlock | None:
-    """A unit's `convolution`, `normalization`, what `epilogue` says of its shortcut, and `activation`."""
+    """A unit as one call: its `convolution`, `normalization` and `activation`, with the shortcut of `epilogue`.
+
+    None if the unit cannot be fused.
+    """
     conv, affine, activation = unit.convolution, affine_of(unit.normalization), unit.activation
     if not isinstance(conv, PackedConv2d) or not conv.binary_inputs or conv.groups != 1 or affine is None:
         return None
@@ -73,14 +77,14 @@ def block_of(unit: nn.Module, epilogue: Epilogue) -> Conv2dBlock | None:
 
 
 class Shortcut(NamedTuple):
-    """What runs of a shortcut before the convolution's epilogue, and what of it runs there."""
+    """A shortcut, divided into what runs before the epilogue of a convolution and what runs in it."""
 
-    run: Callable[[Tensor], Tensor] | None  # None: nothing, the input is added as it is
+    run: Callable[[Tensor], Tensor] | None  # None: the input is added unchanged
     epilogue: Epilogue = Epilogue()
 
     @classmethod
     def of(cls, module: nn.Module) -> "Shortcut":
-        """A block's own shortcut: nothing, a `convolution` and a `normalization` of it, or anything else."""
+        """From a block's own shortcut: an identity, a `convolution` with its `normalization`, or any other module."""
         if type(module) is nn.Identity:
             return cls(None)
         affine = affine_of(getattr(module, "normalization", None))
@@ -90,9 +94,9 @@ class Shortcut(NamedTuple):
 
 
 class Watched(Fused):
-    """What is made of the weights is made when first asked for, and again when something in the block has changed.
+    """Caches data derived from the weights of a block; rebuilds it when a source changes.
 
-    Not watched: numbers such as a stride or an eps.
+    Plain numbers such as a stride or an eps are not sources.
     """
 
     made = ("_prepared", "_backend", "_parts")
@@ -100,7 +104,7 @@ class Watched(Fused):
     _backend: str | None = None
 
     def prepare(self) -> Any:
-        """What is made of the present weights; None if there is something that cannot be fused."""
+        """The data derived from the present weights. None if the block cannot be fused."""
         raise NotImplementedError(f"{type(self).__name__} must say what it runs")
 
     def derive(self) -> None:
@@ -111,7 +115,7 @@ class Watched(Fused):
 
     def entries(self) -> list[Source]:
         self._parts = list(self.modules())
-        read = [module for module in self._parts if type(module) is not nn.Conv2d]  # which runs, and is not read
+        read = [module for module in self._parts if type(module) is not nn.Conv2d]  # float ones run unfused
         tensors = [place for module in read for place in lent_tensors_of(module) if not place[1].startswith(OWN)]
         return [*tensors, *((module._modules, name) for module in self._parts for name in module._modules)]
 
@@ -119,7 +123,7 @@ class Watched(Fused):
         return [place for module in self._parts for place in tensors_of(module) if place[1].startswith(OWN)]
 
     def ready(self) -> Any:
-        """What `prepare` makes, anew when something that it is made of has changed; None: nothing is to be fused."""
+        """The data of `prepare`, rebuilt if a source or the backend has changed. None if the plain forward must run."""
         if self._backend != backend():
             self.sources = None
         if not self.current() or any(module.training for module in self._parts):
@@ -127,13 +131,13 @@ class Watched(Fused):
         return self._prepared
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_prepared": None}  # addresses: a copy, or a pickle, makes its own
+        return {**super().__getstate__(), "_prepared": None}  # addresses: copies and pickles make their own
 
 
 class FusedStem(Watched):
-    """A stem `embedder.convolution`, `pooler`, `embedder.normalization`: the last two run as one call.
+    """A stem of `embedder.convolution`, `pooler` and `embedder.normalization`, with the last two in one call.
 
-    Their hooks do not run; those of the convolution do.
+    Hooks of those two do not run; hooks of the convolution do.
     """
 
     def prepare(self) -> tuple[Tensor, ...] | None:
@@ -152,14 +156,14 @@ class FusedStem(Watched):
 
 
 class FusedBlock(Watched):
-    """The base of residual blocks whose units run as one call each. Hooks on the modules inside do not run."""
+    """Base of residual blocks whose units run as one call each. Hooks on the modules inside do not run."""
 
     def run(self, prepared: Any, x: Signs, next_level: Level | None) -> Signs:
-        """The block's output, and the bits of it against `next_level` if there is one."""
+        """The output of the block, and its bits against `next_level` if that is given."""
         raise NotImplementedError(f"{type(self).__name__} must say how it runs")
 
     def first_level(self, prepared: Any) -> Level:
-        """What the block's input is compared with."""
+        """The threshold of the block's input."""
         raise NotImplementedError(f"{type(self).__name__} must say what its first convolution is")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ class FusedBlock(Watched):
 
 
 class FusedBasicBlock(FusedBlock):
-    """Two convolutions, the block's own shortcut around the first and the identity around the second."""
+    """Two convolutions. The shortcut of the block runs around the first, the identity around the second."""
 
     def prepare(self) -> tuple[Shortcut, Conv2dBlock, Conv2dBlock] | None:
         first, second = self.layer
@@ -187,15 +191,15 @@ class FusedBasicBlock(FusedBlock):
 
 
 class FusedBottleNeckBlock(FusedBlock):
-    """Three convolutions, the block's own shortcut around the last and resized inputs around the other two."""
+    """Three convolutions. The shortcut of the block runs around the last, resized inputs around the other two."""
 
     @staticmethod
     def resized(x: Tensor, conv: nn.Conv2d) -> Tensor:
-        """`x` in the shape of what `conv` makes of it."""
+        """`x` resized to the shape of the output of `conv`."""
         raise NotImplementedError("a bottleneck block must say how a shortcut is resized")
 
     def resizing(self, conv: nn.Conv2d) -> Shortcut:
-        """The shortcut around a convolution that changes its input's shape."""
+        """The shortcut around a convolution that changes the shape of its input."""
         group, rest = divmod(conv.in_channels, conv.out_channels)
         if conv.stride == (1, 1) and not rest and group in GROUPS:
             return Shortcut(None, Epilogue(shortcut_group=group))
@@ -222,9 +226,9 @@ class FusedBottleNeckBlock(FusedBlock):
 
 
 class FusedStage(Fused):
-    """A sequence `layers` of fused blocks: bits pass from each to the next. Hooks on the blocks do not run.
+    """A sequence `layers` of fused blocks, which pass bits to one another. Hooks on the blocks do not run.
 
-    Where one of its blocks cannot be fused now, each block runs by itself.
+    If one of the blocks cannot run fused, each block runs by itself.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,7 +241,7 @@ class FusedStage(Fused):
         return self.run(list(zip(blocks, prepared, strict=True)), Signs(x)).images
 
     def run(self, steps: list[tuple[FusedBlock, Any]], x: Signs) -> Signs:
-        """All blocks, each with the bits that the one before it has put out."""
+        """Run all blocks, each on the bits that the block before it has returned."""
         levels = [block.first_level(prepared) for block, prepared in steps[1:]]
         for (block, prepared), level in zip(steps, (*levels, None), strict=True):
             x = block.run(prepared, x, level)

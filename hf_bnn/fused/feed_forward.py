@@ -1,4 +1,4 @@
-"""Two binary layers with an activation between them, whose hidden values stay bits."""
+"""Fuses two binary layers with an activation between them, so that the hidden values stay bits."""
 
 import math
 
@@ -11,10 +11,10 @@ from .layers import KernelLinear
 
 @torch.no_grad()
 def hidden_interval(first: nn.Module, activation: nn.Module, second: nn.Module) -> tuple[float, float] | None:
-    """(low, high) such that exactly the hidden values low <= h < high take the low level of `second`'s inputs.
+    """The interval (low, high) of hidden values low <= h < high that become the low level of the inputs of `second`.
 
-    Exact, and for any activation that works on each value alone: a binary layer has only `in + 1` different outputs
-    per channel, and all of them are tried. None where the layers cannot be fused, or no such interval exists.
+    It is exact for any elementwise activation: a binary layer has only `in + 1` different outputs per channel, and all
+    are tried. None if the layers cannot be fused or the values do not form an interval.
     """
     if not all(isinstance(layer, KernelLinear) and layer.binary_inputs for layer in (first, second)):
         return None
@@ -37,7 +37,7 @@ def hidden_interval(first: nn.Module, activation: nn.Module, second: nn.Module) 
 
 
 def feed_forward(first: KernelLinear, interval: tuple[float, float], second: KernelLinear) -> kernels.FfnCall:
-    """`(..., in)` to `(..., out)` through both layers: equal to running one after the other."""
+    """A call of both layers, `(..., in)` to `(..., out)`, equal to running one after the other."""
     weight, scale, offset, threshold = first.operands()
     out_weight, out_scale, out_offset, _ = second.operands()
     return kernels.FfnCall(weight, scale, offset, interval, out_weight, out_scale, out_offset, threshold)

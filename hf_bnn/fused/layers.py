@@ -1,4 +1,4 @@
-"""Packed layers that hold their weights in the form that a kernel takes, and in no other."""
+"""Packed layers that hold their weights only in the layout of a kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .base import Fused, Planned
 
 
 class _KernelLayer(Fused):
-    """What both layers share. `weight`, the bits of the checkpoint, is made again for whoever asks for it."""
+    """Base of both kernel layers. Reading `weight` rebuilds the bits of the checkpoint."""
 
     made = ("kernel_weight", "kernel_scale", "kernel_threshold")
 
@@ -33,24 +33,24 @@ class _KernelLayer(Fused):
         return [*own, (self._modules, "input_levels"), *lent_tensors_of(levels)]
 
     def keep(self, *operands: Any) -> None:
-        """Hold what `make_operands` has made."""
+        """Hold the result of `make_operands`."""
         raise NotImplementedError(f"{type(self).__name__} must say what its kernel takes")
 
     def weight_operand(self) -> LinearWeight | Conv2dWeight:
-        """The bits as the kernel takes them, which hold them now."""
+        """The weight in the layout of the kernel."""
         raise NotImplementedError(f"{type(self).__name__} must say how its weight is laid out")
 
     def make_weight(self) -> LinearWeight | Conv2dWeight:
         return super().make_weight() if "weight" in self._buffers else self.weight_operand()
 
     def hold_tensors(self, **tensors: Tensor | None) -> None:
-        """Buffers that no state dict has, in the place of the bits: they move with the module like any other."""
+        """Register buffers in place of the bits. They move with the module, but a state dict omits them."""
         for name, tensor in tensors.items():
             self.register_buffer(name, None if tensor is None else tensor.detach(), persistent=False)
         self._buffers.pop("weight", None)
 
     def kernel_signs(self) -> Tensor:
-        """`signs()` from what the kernel takes."""
+        """`signs()` from the layout of the kernel."""
         raise NotImplementedError(f"{type(self).__name__} must say how its weight is laid out")
 
     def signs(self) -> Tensor:
@@ -58,7 +58,7 @@ class _KernelLayer(Fused):
 
     @property
     def weight(self) -> Tensor:
-        """The bits, uint8, as a checkpoint has them: a new tensor."""
+        """The bits in the layout of a checkpoint, uint8, in a new tensor."""
         bits = self._buffers.get("weight")
         return self.pack(self.kernel_signs()) if bits is None else bits
 
@@ -78,7 +78,7 @@ class _KernelLayer(Fused):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._buffers["weight"] = self.weight  # for as long as it takes to load into it
+        self._buffers["weight"] = self.weight  # while it is loaded
         try:
             super()._load_from_state_dict(*args)
         except ValueError:
@@ -87,9 +87,9 @@ class _KernelLayer(Fused):
 
 
 class KernelLinear(_KernelLayer, PackedLinear):
-    """A PackedLinear with its weight laid out for a kernel, weights-only ones too. Inference only.
+    """A PackedLinear, with binary or float inputs, whose weight is laid out for a kernel. For inference.
 
-    Without binary inputs the order of summation is the kernel's own: close to the packed layer's, not equal.
+    With float inputs the kernel sums in an order of its own: close to the packed layer, not equal.
     """
 
     made = (*_KernelLayer.made, "kernel_offset", "call")
@@ -117,18 +117,18 @@ class KernelLinear(_KernelLayer, PackedLinear):
         return linear_signs(self.kernel_weight, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Written out: a method that is called takes a tenth of a small product's time.
+        # Inline `wants_gradient`: calling a method takes a tenth of the time of a small product.
         plain = self.training or not x.is_floating_point() or (torch.is_grad_enabled() and x.requires_grad)
         if plain or not self.current():
             return super().forward(x)
         return self.call(x)
 
-    def run_compiled(self, x: Tensor) -> Tensor:
+    def run_compiled(self, x: Tensor, running: str) -> Tensor:
         return self.call(x) if self.current() else super().forward(x)
 
 
 class KernelConv2d(_KernelLayer, PackedConv2d):
-    """A PackedConv2d with its weight laid out for a kernel. Inference only."""
+    """A PackedConv2d whose weight is laid out for a kernel. For inference."""
 
     made = (*_KernelLayer.made, "kernel_corners", "kernel_shift", "call")
 
@@ -158,20 +158,21 @@ class KernelConv2d(_KernelLayer, PackedConv2d):
         return conv2d_signs(self.kernel_weight, self.kernel_corners, self.in_channels, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.learns(x) or not x.is_floating_point() or not self.current():
+        if self.wants_gradient(x) or not x.is_floating_point() or not self.current():
             return super().forward(x)
         if self.call is not None and x.dtype == torch.float32 and x.dim() == 4 and runs_directly(x):
             return self.call(x)[0]
-        return self.run_compiled(x) if x.dim() == 4 else self.run_compiled(one_image(x)).squeeze(0)
+        y = kernels.conv2d(x if x.dim() == 4 else one_image(x), *self.operands())
+        return y if x.dim() == 4 else y.squeeze(0)
 
-    def run_compiled(self, x: Tensor) -> Tensor:
+    def run_compiled(self, x: Tensor, running: str) -> Tensor:
         return kernels.conv2d(x, *self.operands()) if self.current() else super().forward(x)
 
 
 class JointLinear(Planned, nn.Module):
-    """Several layers that see the same inputs, as one product: `(..., in)` to a tuple of `(..., out)`.
+    """Several layers with the same inputs as one product: `(..., in)` to a tuple of `(..., out)`.
 
-    Their weights are views of the joint one, so that nothing is held twice.
+    The weights of the layers become views of the joint weight, so that nothing is held twice.
     """
 
     def __init__(self, layers: Sequence[KernelLinear]):
@@ -188,12 +189,12 @@ class JointLinear(Planned, nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         for layer, part in zip(layers, self.weight.chunk(self.parts), strict=True):
             layer.kernel_weight = part
-            layer.call = layer.plan()
+            layer.call.move(layer.weight_operand())
         self.call = self.plan()
 
     @staticmethod
     def takes(layers: Sequence[nn.Module]) -> bool:
-        """Whether these layers can run as one."""
+        """Whether these layers can run as one product."""
         if not all(isinstance(layer, KernelLinear) and layer.binary_inputs for layer in layers):
             return False
         alike = {(layer.in_features, layer.out_features, layer.kernel_offset is None) for layer in layers}

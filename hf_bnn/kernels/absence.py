@@ -1,4 +1,4 @@
-"""Why an installation has no compiled library, from what lies in its folder, and the way out."""
+"""Finds out, from the files of an installation, why it has no compiled library, and says what to do."""
 
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import PackageNotFoundError, distribution
@@ -11,14 +11,14 @@ FROM_SOURCES = "pip install --force-reinstall --no-deps --no-cache-dir --no-bina
 
 
 class Absence(NamedTuple):
-    """The reason, as the end of a sentence that begins with "since", and a sentence that says what to do."""
+    """`problem` completes a sentence after "since"; `remedy` is a sentence that says what to do."""
 
     problem: str
     remedy: str
 
 
 def installed_files(folder: Path) -> list[Path]:
-    """The files that pip recorded in `folder`: none if what is imported is not what pip installed."""
+    """Files in `folder` that pip recorded. Empty if the imported package is not the one that pip installed."""
     try:
         recorded = distribution("hf-bnn")
     except PackageNotFoundError:

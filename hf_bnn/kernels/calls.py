@@ -1,37 +1,39 @@
-"""Products with everything but their inputs decided: what an op computes, without the cost of calling one."""
+"""Products with fixed operands: the result of an op without the cost of calling one."""
 
 import math
 from collections.abc import Callable
-from ctypes import addressof
+from ctypes import Structure, addressof
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..observers import looked_on
-from .library import FfnPlan, LinearPlan, library, rows_worth_threads, too_large
+from .library import library, rows_worth_threads, too_large
 
-FLOAT = torch.float32  # each look-up of an attribute that is not made counts here
+FLOAT = torch.float32  # saves the look-up of an attribute in every call
 
 
 class Call:
-    """`(..., in)` to `(..., out)` by a plan that is made once. The base of LinearCall and its kin.
+    """Base of the planned products, `(..., in)` to `(..., out)`. The plan is made once, in the constructor.
 
-    The plan holds for float32 tensors on the CPU. Inputs of any other kind, and all of them while something looks on
-    (see `looked_on`), go to the op, which takes them or names what is wrong. The plan points into the tensors it was
-    made of where they are contiguous float32: they may change in place. Its backend is that of when it was made.
+    A plan takes float32 tensors on the CPU. Other inputs, and all inputs while something observes torch (see
+    `looked_on`), go to the op, which computes the result or raises an error. The plan points into those of its operands
+    that are contiguous float32, so that writes to them in place take effect. It keeps the backend for which it was
+    made.
     """
 
     function: ClassVar[str]
     op: ClassVar[Callable[..., Tensor]]
-    most_rows: float = math.inf  # more go to the op
+    plan: Structure | None = None
+    most_rows: float = math.inf  # larger batches go to the op
 
     def __init__(self, *arguments: object):
         self.arguments = arguments
-        self.in_features: int | None = None  # no input has that many: without a plan all go to the op
+        self.in_features: int | None = None  # matches no input: without a plan, all go to the op
 
-    def follow(self, plan: LinearPlan | FfnPlan, in_features: int, out_features: int, work: int) -> None:
-        """`work`: multiply-accumulates of a row, as of binary products."""
+    def follow(self, plan: Structure, in_features: int, out_features: int, work: int) -> None:
+        """Use `plan`. `work`: multiply-accumulates per row, in those of binary products."""
         self.plan, self.address = plan, addressof(plan)
         self.run = getattr(library().functions, self.function)
         self.out_features, self.rows_worth_threads = out_features, rows_worth_threads(work)
@@ -53,4 +55,4 @@ class Call:
         return y
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return type(self), self.arguments  # a copy, or a pickle, makes its own plan
+        return type(self), self.arguments  # copies and pickles make their own plan

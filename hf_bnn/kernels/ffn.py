@@ -1,24 +1,36 @@
 """Two binary layers with an activation between them: `hf_bnn::ffn`."""
 
+import ctypes
+from ctypes import c_float
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from . import reference
 from .calls import Call
-from .library import FfnPlan
+from .library import ROWS_OF_A_PLAN, LinearPlan, declare
+from .linear import LinearOperands
 from .operands import (
-    Threshold,
     check_features,
     check_linear,
-    define_op,
     like_inputs,
     linear_plan,
     parts_of,
-    run,
+    run_plan,
     runs_compiled,
     split_threshold,
 )
+from .ops import define_op
 from .weights import LinearWeight
+
+
+class FfnPlan(ctypes.Structure):
+    """`struct ffn_plan` of csrc/hf_bnn.h."""
+
+    _fields_ = (("first", LinearPlan), ("second", LinearPlan), ("low", c_float), ("high", c_float))
+
+
+declare("hf_bnn_ffn", *ROWS_OF_A_PLAN)
 
 
 def ffn(
@@ -32,9 +44,10 @@ def ffn(
     second_offset: Tensor | None,
     threshold: float | Tensor = 0.0,
 ) -> Tensor:
-    """`(..., in)` to `(..., out)` through a binary layer, an activation and a second binary layer.
+    """A binary layer, an activation and a second binary layer: `(..., in)` to `(..., out)`.
 
-    A hidden value h counts as -1 where `interval[0] <= h < interval[1]`, which holds activation and threshold in one.
+    A hidden value h counts as -1 where `interval[0] <= h < interval[1]`: the interval stands for the activation and
+    for the threshold of the second layer.
     """
     check_features(x, first)
     if second.in_features != first.out_features:
@@ -44,98 +57,67 @@ def ffn(
     return torch.ops.hf_bnn.ffn(x, *hidden, second.data, second_scale, second_offset, level, levels)
 
 
-def _ffn(
-    x: Tensor,
-    first: Tensor,
-    first_scale: Tensor,
-    first_offset: Tensor | None,
-    low: float,
-    high: float,
-    second: Tensor,
-    second_scale: Tensor,
-    second_offset: Tensor | None,
-    threshold: float = 0.0,
-    thresholds: Tensor | None = None,
-) -> Tensor:
-    hidden, out = first_scale.shape[0], second_scale.shape[0]
-    _check(x, first, first_scale, first_offset, low, high, second, second_scale, second_offset, thresholds)
-    chosen = runs_compiled(x, first, thresholds)
-    if chosen is None or second.dtype != torch.int32 or x.dtype != torch.float32:  # others round hidden values
-        layers = (first, first_scale, first_offset, low, high, second, second_scale, second_offset)
-        return reference.ffn(x, *layers, threshold, thresholds)
-    size, level = x.shape[-1], Threshold(x, threshold, thresholds)
-    plan = _plan(chosen, size, first, first_scale, first_offset, low, high, second, second_scale, second_offset, level)
-    return run("hf_bnn_ffn", plan, x, out, hidden * (size + out))
+@define_op("ffn")
+class FfnOperands(NamedTuple):
+    """Operands of `hf_bnn::ffn`. `first` and `second` are the `data` of LinearWeights."""
 
+    x: Tensor
+    first: Tensor
+    first_scale: Tensor
+    first_offset: Tensor | None
+    low: float
+    high: float
+    second: Tensor
+    second_scale: Tensor
+    second_offset: Tensor | None
+    threshold: float = 0.0
+    thresholds: Tensor | None = None
 
-def _check(
-    x: Tensor,
-    first: Tensor,
-    first_scale: Tensor,
-    first_offset: Tensor | None,
-    low: float,
-    high: float,
-    second: Tensor,
-    second_scale: Tensor,
-    second_offset: Tensor | None,
-    thresholds: Tensor | None,
-) -> None:
-    check_linear(x, first, first_scale, first_offset, thresholds)
-    check_linear(x.new_empty((0, first_scale.shape[0])), second, second_scale, second_offset, None)
-    if parts_of(thresholds) > 1:
-        raise ValueError(f"thresholds has shape {tuple(thresholds.shape)}: a layer of an ffn has no parts")
-    if not low <= high:
-        raise ValueError(f"low={low}, high={high}: expected an interval, low <= high")
+    def first_layer(self) -> LinearOperands:
+        return LinearOperands(self.x, self.first, self.first_scale, self.first_offset, self.threshold, self.thresholds)
 
+    def check(self) -> None:
+        self.first_layer().check()
+        hidden = self.x.new_empty((0, self.first_scale.shape[0]))
+        check_linear(hidden, self.second, self.second_scale, self.second_offset, None)
+        if parts_of(self.thresholds) > 1:
+            raise ValueError(f"thresholds has shape {tuple(self.thresholds.shape)}: a layer of an ffn has no parts")
+        if not self.low <= self.high:
+            raise ValueError(f"low={self.low}, high={self.high}: expected an interval, low <= high")
 
-def _plan(
-    chosen: int,
-    size: int,
-    first: Tensor,
-    first_scale: Tensor,
-    first_offset: Tensor | None,
-    low: float,
-    high: float,
-    second: Tensor,
-    second_scale: Tensor,
-    second_offset: Tensor | None,
-    level: Threshold,
-) -> FfnPlan:
-    plans = (
-        linear_plan(chosen, size, first, first_scale, first_offset, level),
-        linear_plan(chosen, first_scale.shape[0], second, second_scale, second_offset),
-    )
-    plan = FfnPlan(*plans, low, high)
-    plan.kept = plans
-    return plan
+    def plan(self, chosen: int) -> FfnPlan:
+        """The plan keeps those of both layers, which keep what they point to."""
+        size = self.first_scale.shape[0]
+        second = linear_plan(chosen, size, self.second, self.second_scale, self.second_offset)
+        plans = self.first_layer().plan(chosen), second
+        plan = FfnPlan(*plans, self.low, self.high)
+        plan.kept = plans
+        return plan
 
+    def work(self) -> int:
+        """Multiply-accumulates per row."""
+        return self.first_scale.shape[0] * (self.x.shape[-1] + self.second_scale.shape[0])
 
-def _fake_ffn(
-    x: Tensor,
-    first: Tensor,
-    first_scale: Tensor,
-    first_offset: Tensor | None,
-    low: float,
-    high: float,
-    second: Tensor,
-    second_scale: Tensor,
-    *settings: object,
-    **named: object,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], second_scale.shape[0]))
+    def compute(self) -> Tensor:
+        self.check()
+        chosen = runs_compiled(self.x, self.first, self.thresholds)
+        # In other dtypes the reference rounds the hidden values.
+        if chosen is None or self.second.dtype != torch.int32 or self.x.dtype != torch.float32:
+            return self.reference()
+        return run_plan("hf_bnn_ffn", self.plan(chosen), self.x, self.second_scale.shape[0], self.work())
 
+    def reference(self) -> Tensor:
+        hidden = self.first_layer().reference()
+        bits = (hidden >= self.low) & (hidden < self.high)
+        inputs = bits.to(self.x.dtype).neg()
+        return LinearOperands(inputs, self.second, self.second_scale, self.second_offset).reference()
 
-define_op(
-    "ffn(Tensor x, Tensor first, Tensor first_scale, Tensor? first_offset, float low, float high, Tensor second, "
-    "Tensor second_scale, Tensor? second_offset, float threshold=0.0, Tensor? thresholds=None) -> Tensor",
-    _ffn,
-    reference.ffn,
-    _fake_ffn,
-)
+    def fake(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.second_scale.shape[0]))
 
 
 class FfnCall(Call):
-    """`ffn` of fixed weights in a fraction of the time that its op takes to be called."""
+    """`ffn` of fixed weights. Takes a fraction of the time that calling the op takes."""
 
     function, op = "hf_bnn_ffn", staticmethod(ffn)
 
@@ -151,11 +133,10 @@ class FfnCall(Call):
         threshold: float | Tensor = 0.0,
     ):
         super().__init__(first, first_scale, first_offset, interval, second, second_scale, second_offset, threshold)
-        x, (level, levels) = like_inputs(first), split_threshold(threshold)
-        layers = (first.data, first_scale, first_offset, *interval, second.data, second_scale, second_offset)
-        _check(x, *layers, levels)
-        others = (first_scale, first_offset, second.data, second_scale, second_offset)
-        chosen = runs_compiled(x, first.data, levels, *others)
-        if chosen is not None and second.data.dtype == torch.int32:
-            size, hidden, out = first.in_features, first.out_features, second.out_features
-            self.follow(_plan(chosen, size, *layers, Threshold(x, level, levels)), size, out, hidden * (size + out))
+        hidden = (first.data, first_scale, first_offset, *interval)
+        out = (second.data, second_scale, second_offset)
+        given = FfnOperands(like_inputs(first), *hidden, *out, *split_threshold(threshold))
+        given.check()
+        chosen = runs_compiled(given.x, given.first, given.thresholds, first_scale, first_offset, *out)
+        if chosen is not None and given.second.dtype == torch.int32:
+            self.follow(given.plan(chosen), first.in_features, second.out_features, given.work())

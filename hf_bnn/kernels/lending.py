@@ -1,4 +1,7 @@
-"""Dicts of modules that know whether anyone may write to their tensors: nothing has to be compared while nobody can."""
+"""Dicts of modules that know whether other code may hold, and write to, their tensors.
+
+While no other code holds them, there is nothing to compare.
+"""
 
 import sys
 from typing import Any
@@ -6,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-OWN = "kernel_"  # how the names of tensors begin that are derived of the others, and that nobody else writes to
+OWN = "kernel_"  # prefix of tensors that are derived from the others, and to which no other code writes
 
 
 class Lent(dict):
-    """A module's dict of tensors, `_parameters` or `_buffers`. `lent` says whether one may have been taken out.
+    """A module's `_parameters` or `_buffers`. `lent` says whether other code may hold one of the tensors.
 
-    It stays so: whoever has a tensor may write to it at any later time, unnoticed by torch.
+    `lent` stays True: the holder of a tensor may write to it at any later time, and torch may not notice.
     """
 
     lent = False
@@ -20,7 +23,7 @@ class Lent(dict):
 
     @classmethod
     def in_place_of(cls, module: nn.Module, name: str) -> "Lent":
-        """The dict `name` of `module`, made one of these; lent, if somebody has one of its tensors already."""
+        """Replace the dict `name` of `module` by a Lent one; `lent` if other code holds one of its tensors already."""
         slot = module.__dict__[name]
         if not isinstance(slot, cls):
             slot = module.__dict__[name] = cls(slot)
@@ -32,7 +35,7 @@ class Lent(dict):
         return slot
 
     def __reduce__(self) -> tuple[type, tuple]:
-        return type(self), (dict(self),)  # a copy is examined for itself
+        return type(self), (dict(self),)  # a copy is examined anew
 
     def __getitem__(self, name: str) -> Any:
         self.lent |= not name.startswith(OWN)
@@ -57,15 +60,15 @@ for _name in ("get", "items", "values", "setdefault", "update", "copy", "popitem
 
 
 def holders(slot: dict[str, Any]) -> dict[str, int]:
-    """How many references there are to each value, those of this function included; None, which many have, counts 0."""
+    """Number of references to each value, including those of this function; 0 for None, which is shared widely."""
     return {key: sys.getrefcount(value) if value is not None else 0 for key, value in dict.items(slot)}
 
 
-ALONE = holders({"tensor": torch.empty(0)})["tensor"]  # counted by the same code: it differs between Pythons
+ALONE = holders({"tensor": torch.empty(0)})["tensor"]  # measured, because it differs between versions of Python
 
 
 def _moved(tensor: Tensor | None) -> bool:
-    """Give a parameter or buffer memory of its own, in place, so that nobody has its numbers. False if that fails."""
+    """Move the numbers of a tensor, in place, to memory that nothing else shares. False if that is impossible."""
     if tensor is None or tensor.is_meta:
         return True
     if tensor.is_inference():

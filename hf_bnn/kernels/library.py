@@ -1,4 +1,4 @@
-"""The compiled library: where it is, which of its instruction sets run, and torch's threads for it."""
+"""The compiled library: finds and loads it, chooses an instruction set, and lends it torch's threads."""
 
 import ctypes
 import importlib.util
@@ -7,10 +7,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_char_p, c_float, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,13 +18,13 @@ from .absence import BUILD_HERE, FROM_SOURCES, absence
 
 VARIABLE = "HF_BNN_KERNEL"
 KNOWN = ("avx512", "avx512bw", "avx2", "neon", "scalar", "portable", "torch")
-INTERFACE = 6  # of csrc/dispatch.c
-OK, OUT_OF_MEMORY, UNSURE, NOT_TAKEN = range(4)  # of csrc/hf_bnn.h
+INTERFACE = 7  # as in csrc/dispatch.c: raised when an exported function or structure changes
+OK, OUT_OF_MEMORY, UNSURE, NOT_TAKEN = range(4)  # as in csrc/hf_bnn.h
 
-# Multiply-accumulates per microsecond and thread, roughly: what decides whether threads are worth waking.
+# Approximate multiply-accumulates per microsecond and thread. They decide whether threads are worth waking.
 SPEED = {"avx512": 1_600_000, "avx512bw": 900_000, "avx2": 400_000, "neon": 200_000, "scalar": 130_000}
 SLOWEST = 100_000
-WORTH_THREADS = 50  # microseconds of work: waking a second thread takes about ten
+WORTH_THREADS = 50  # microseconds of work; waking a second thread takes about ten
 
 
 class LinearPlan(ctypes.Structure):
@@ -37,107 +37,25 @@ class LinearPlan(ctypes.Structure):
     )
 
 
-class FfnPlan(ctypes.Structure):
-    """`struct ffn_plan` of csrc/hf_bnn.h."""
-
-    _fields_ = (("first", LinearPlan), ("second", LinearPlan), ("low", c_float), ("high", c_float))
-
-
-class Conv2dShape(ctypes.Structure):
-    """`struct conv2d_shape` of csrc/hf_bnn.h."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "channels", "height", "width")),
-        *((name, c_int64) for name in ("image_step", "channel_step", "row_step", "pixel_step", "outputs")),
-        *((name, c_int64 * 2) for name in ("kernel", "stride", "padding", "dilation")),
-        *((name, c_int64) for name in ("groups", "out_height", "out_width")),
-    )
-
-
-class AttentionShape(ctypes.Structure):
-    """`struct attention_shape` of csrc/hf_bnn.h. Without its arrays: they would take longer to fill."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "heads", "queries", "keys", "size")),
-        *((f"{name}_step_{i}", c_int64) for name in ("query", "key", "value", "mask") for i in range(3)),
-    )
-
-
-class Conv2dEpilogue(ctypes.Structure):
-    """`struct conv2d_epilogue` of csrc/hf_bnn.h."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("alpha", "beta", "shortcut_alpha", "shortcut_beta")),
-        *((name, c_void_p) for name in ("rprelu_shift", "rprelu_slope", "rprelu_offset")),
-        ("shortcut_group", c_int64),
-        ("fused", c_int64),
-    )
-
-
-class Conv2dLayer(ctypes.Structure):
-    """`struct conv2d_layer` of csrc/hf_bnn.h."""
-
-    _fields_ = (
-        ("shape", Conv2dShape),
-        ("threshold", c_void_p),
-        ("per_input", c_int64),
-        *((name, c_void_p) for name in ("weights", "corners", "scale", "shift", "bias")),
-        ("epilogue", Conv2dEpilogue),
-    )
-
-
-class MemorySpan(ctypes.Structure):
-    """`struct memory_span` of csrc/hf_bnn.h."""
-
-    _fields_ = (("data", c_void_p), ("bytes", c_int64))
-
-
-class PoolShape(ctypes.Structure):
-    """`struct pool_shape` of csrc/hf_bnn.h."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "height", "width", "channels")),
-        *((name, c_int64 * 2) for name in ("kernel", "stride", "padding")),
-        *((name, c_int64) for name in ("out_height", "out_width")),
-    )
-
-
-_CALL = (c_int64, c_void_p, c_int64)  # instruction set, thread pool or None, threads
-_THRESHOLD = (c_void_p, c_int)  # values, whether there is one per input
-_ROWS = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)  # plan, inputs, row step, rows, threads, outputs
-_SIGNATURES = {
+# Results and arguments of the exported functions, as csrc/hf_bnn.h declares them. Each op adds its own (`declare`).
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "hf_bnn_interface": (c_int64, ()),
     "hf_bnn_name": (c_char_p, (c_int64,)),
     "hf_bnn_available": (c_int, (c_int64,)),
     "hf_bnn_count_bits": (c_int64, (c_int64,)),
-    "hf_bnn_digest": (c_uint64, (c_void_p, c_int64)),
-    "hf_bnn_linear": (c_int, _ROWS),
-    "hf_bnn_linear_row_scaled": (c_int, (*_ROWS, c_void_p, c_void_p)),
-    "hf_bnn_linear_weight_only": (c_int, _ROWS),
-    "hf_bnn_ffn": (c_int, _ROWS),
-    "hf_bnn_attention": (
-        c_int,
-        (c_int64, c_void_p, ctypes.POINTER(AttentionShape), *(c_void_p,) * 5, c_float, c_int, c_void_p, c_void_p),
-    ),
-    "hf_bnn_attention_scores": (
-        c_int,
-        (c_int64, ctypes.POINTER(AttentionShape), *(c_void_p,) * 4, c_float, c_void_p, c_int64, c_void_p),
-    ),
-    "hf_bnn_attention_context": (
-        c_int,
-        (c_int64, ctypes.POINTER(AttentionShape), *(c_void_p,) * 4, c_int64, c_void_p),
-    ),
-    "hf_bnn_conv2d": (c_int, (*_CALL, c_void_p, c_void_p, *_THRESHOLD, *(c_void_p,) * 6)),
-    "hf_bnn_conv2d_block": (c_int, (*_CALL, *(c_void_p,) * 6, *_THRESHOLD)),
-    "hf_bnn_elements": (None, (c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float, c_void_p)),
-    "hf_bnn_pack_weight": (c_int, (c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
-    "hf_bnn_sign_products": (c_int, (c_int64, *(c_void_p,) * 3, *(c_int64,) * 4, c_void_p)),
-    "hf_bnn_max_pool": (c_int, (*_CALL, *(c_void_p,) * 4, c_int, c_void_p)),
 }
+CALL = (c_int64, c_void_p, c_int64)  # instruction set, thread pool or None, threads
+THRESHOLD = (c_void_p, c_int)  # values, whether there is one per input
+ROWS_OF_A_PLAN = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)  # plan, x, row step, rows, threads, out
+
+
+def declare(name: str, *arguments: Any, result: Any = c_int) -> None:
+    """State the signature of an exported function. Call it on import: `library()` reads the table once."""
+    SIGNATURES[name] = result, arguments
 
 
 class Library(NamedTuple):
-    """The compiled functions, or None with the reason why there are none and the way out."""
+    """The compiled functions, or None with the reason (`problem`) and the way out (`remedy`)."""
 
     functions: ctypes.CDLL | None
     problem: str = ""
@@ -145,12 +63,12 @@ class Library(NamedTuple):
 
 
 def load(path: Path | str | None) -> Library:
-    """The library in the file `path`, None if this interpreter finds no such file."""
+    """The library in the file `path`. `None` stands for a file that this interpreter does not find."""
     if path is None:
         return Library(None, *absence())
     try:
         functions = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
+        for name, (result, arguments) in SIGNATURES.items():
             function = getattr(functions, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
@@ -169,7 +87,7 @@ def library() -> Library:
 
 @cache
 def _instruction_sets() -> dict[str, int]:
-    """The library's instruction sets that this processor has, best first, and their numbers."""
+    """Numbers of the instruction sets that this processor has, by name, best first."""
     functions, found, number = library().functions, {}, 0
     while functions and (name := functions.hf_bnn_name(number)):
         if functions.hf_bnn_available(number):
@@ -184,7 +102,7 @@ def available() -> tuple[str, ...]:
 
 
 def checked(name: str, source: str) -> str:
-    """`name` if it is a backend that runs here; `source` says where it comes from."""
+    """`name`, if that backend runs here; else a ValueError that names its `source`."""
     if name not in KNOWN:
         raise ValueError(f"{source}={name!r}: expected one of {', '.join(KNOWN)}, or nothing for the best one")
     if name not in available():
@@ -208,20 +126,20 @@ def _default() -> str:
     return available()[0]
 
 
-_in_use: list[str] = []  # of `using`, innermost last
+_in_use: list[str] = []  # the arguments of nested `using` blocks, innermost last
 
 
 def backend() -> str:
-    """What runs binary products: the best instruction set here, or what HF_BNN_KERNEL asks for, or "torch".
+    """Name of what runs binary products: the best instruction set here, the choice of HF_BNN_KERNEL, or "torch".
 
-    Says once, as a RuntimeWarning, if there are no compiled kernels.
+    Warns once, with a RuntimeWarning, if there are no compiled kernels.
     """
     return _in_use[-1] if _in_use else _default()
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Another backend for a while, in all threads: to compare them."""
+    """A context in which another backend runs, in all threads, for comparisons."""
     _in_use.append(checked(name, "backend"))
     try:
         yield
@@ -230,13 +148,13 @@ def using(name: str) -> Iterator[None]:
 
 
 def instruction_set() -> int | None:
-    """The number of the backend in the library, None for torch."""
+    """Number of the backend in the library, None for torch."""
     return _instruction_sets().get(backend())
 
 
 @cache
 def thread_pool() -> int | None:
-    """The address of `torch_parallel_for`, in torch's C interface since 2.10; None where torch lacks it."""
+    """Address of `torch_parallel_for`, part of torch's C interface since 2.10; None if this torch lacks it."""
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = Path(torch.__file__).parent / "lib" / name
         if path.exists():
@@ -245,25 +163,35 @@ def thread_pool() -> int | None:
     return None
 
 
-def threads_for(work: int) -> tuple[int | None, int]:
-    """The thread pool and how many of its threads `work` multiply-accumulates are worth: (None, 1) if only one."""
-    if torch.get_num_threads() == 1 or work < least_work_for_threads():
+def threads_for(work: int, chosen: int | None = None) -> tuple[int | None, int]:
+    """The thread pool, and the number of its threads that `work` multiply-accumulates are worth; (None, 1) for one.
+
+    `chosen`: the number of the instruction set that runs them, by default that of the backend.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or work < least_work_for_threads(chosen):
         return None, 1
-    pool, threads = thread_pool(), torch.get_num_threads()
-    return (pool, threads) if pool and threads > 1 else (None, 1)
+    pool = thread_pool()
+    return (pool, threads) if pool else (None, 1)
 
 
-def least_work_for_threads() -> int:
-    return WORTH_THREADS * SPEED.get(backend(), SLOWEST)
+def least_work_for_threads(chosen: int | None = None) -> int:
+    """Multiply-accumulates from which on several threads are faster than one."""
+    return WORTH_THREADS * (SPEED.get(backend(), SLOWEST) if chosen is None else _speed(chosen))
+
+
+@cache
+def _speed(chosen: int) -> int:
+    return SPEED.get(library().functions.hf_bnn_name(chosen).decode(), SLOWEST)
 
 
 def rows_worth_threads(work: int) -> float:
-    """From how many rows on threads are worth waking, if a row takes `work` multiply-accumulates."""
+    """Number of rows from which on threads are worth waking, at `work` multiply-accumulates per row."""
     return least_work_for_threads() / max(work, 1) if thread_pool() else math.inf
 
 
 def call(name: str, *arguments: object) -> int:
-    """Run a function of the library; tensors are given by their addresses. Returns its status: OK or its own ones."""
+    """Run a function of the library and return its status: OK, or UNSURE or NOT_TAKEN. Tensors go in as addresses."""
     status = getattr(library().functions, name)(*arguments)
     if status == OUT_OF_MEMORY:
         raise too_large(name)

@@ -1,32 +1,37 @@
-"""Products of vectors with 1-bit weights: `hf_bnn::linear`, `hf_bnn::linear_weight_only`."""
+"""Products of vectors with 1-bit weights: `hf_bnn::linear` and `hf_bnn::linear_weight_only`."""
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from ..functional import integer_product
 from .calls import Call
-from .library import backend
+from .library import ROWS_OF_A_PLAN, LinearPlan, backend, declare
 from .operands import (
     Threshold,
     check_features,
     check_linear,
-    define_op,
-    floats,
     like_inputs,
     linear_plan,
-    run,
+    run_plan,
     runs_compiled,
     same_for_all_parts,
     split_threshold,
 )
-from .weights import LinearWeight
+from .ops import define_op
+from .reference import rescaled, signs
+from .weights import LinearWeight, linear_signs
 
-# Without a look-up of floats, an unpacked weight and torch's product of floats are faster from here on.
+# On other instruction sets, torch's float product with an unpacked weight is faster for more rows than this.
 MANY_ROWS = 8
-LOOKS_UP = ("avx512", "avx512bw", "avx2")
-FLOAT_WORK = 16  # a multiply-accumulate of a float takes the time of so many of bits
+LOOKS_UP = ("avx512", "avx512bw", "avx2")  # instruction sets that look up sums of floats
+FLOAT_WORK = 16  # time of a multiply-accumulate of floats, in multiply-accumulates of bits
+
+declare("hf_bnn_linear", *ROWS_OF_A_PLAN)
+declare("hf_bnn_linear_weight_only", *ROWS_OF_A_PLAN)
 
 
 def linear(
@@ -35,62 +40,62 @@ def linear(
     scale: Tensor,
     offset: Tensor | None = None,
     threshold: float | Tensor = 0.0,
-    row_scale: Tensor | None = None,
 ) -> Tensor:
-    """`(..., in)` to `(..., out)`: binary inputs times binary weights.
+    """Product of binary inputs and binary weights: `(..., in)` to `(..., out)`.
 
-    `scale` and `offset` hold a number per output, `threshold` one number or one per input. A threshold `(parts, 1)` or
-    `(parts, in)` is for several layers in one, of equally many outputs, a multiple of 16: the n-th part of the outputs
-    sees the inputs through the n-th row. `row_scale` `(...)`, one number per row of the inputs, multiplies what `scale`
-    has multiplied: the scale of inputs whose size differs from row to row.
+    `scale` and `offset` hold one number per output, `threshold` one number or one per input. A threshold of shape
+    `(parts, 1)` or `(parts, in)` runs several layers as one: the outputs divide into `parts` of equal size, a multiple
+    of 16, and the n-th part compares the inputs with row n.
     """
     check_features(x, weight)
     level, levels = split_threshold(threshold)
-    return torch.ops.hf_bnn.linear(x, weight.data, scale, offset, level, levels, row_scale)
+    return torch.ops.hf_bnn.linear(x, weight.data, scale, offset, level, levels)
 
 
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None = None,
-    threshold: float = 0.0,
-    thresholds: Tensor | None = None,
-    row_scale: Tensor | None = None,
-) -> Tensor:
-    check_linear(x, weight, scale, offset, thresholds)
-    if row_scale is not None and row_scale.shape != x.shape[:-1]:
-        raise ValueError(f"row_scale has shape {tuple(row_scale.shape)}: expected {tuple(x.shape[:-1])}, one per row")
-    chosen = runs_compiled(x, weight, thresholds, row_scale)
-    if chosen is None:
-        return reference.linear(x, weight, scale, offset, threshold, thresholds, row_scale)
-    size, out = x.shape[-1], scale.shape[0]
-    level = Threshold(x, threshold, thresholds)
-    if row_scale is None:
-        return run("hf_bnn_linear", linear_plan(chosen, size, weight, scale, offset, level), x, out, size * out)
-    plan, rows, offsets = (
-        linear_plan(chosen, size, weight, scale, None, level),
-        floats(row_scale, 0),
-        floats(offset, out),
-    )
-    return run("hf_bnn_linear_row_scaled", plan, x, out, size * out, rows.data_ptr(), offsets.data_ptr())
+@define_op("linear")
+class LinearOperands(NamedTuple):
+    """Operands of `hf_bnn::linear`. `weight` is the `data` of a LinearWeight; `thresholds` replaces `threshold`."""
 
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    offset: Tensor | None = None
+    threshold: float = 0.0
+    thresholds: Tensor | None = None
 
-def _fake_linear(x: Tensor, weight: Tensor, scale: Tensor, *settings: object, **named: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+    def check(self) -> None:
+        check_linear(self.x, self.weight, self.scale, self.offset, self.thresholds)
 
+    def plan(self, chosen: int) -> LinearPlan:
+        level = Threshold(self.x, self.threshold, self.thresholds)
+        return linear_plan(chosen, self.x.shape[-1], self.weight, self.scale, self.offset, level)
 
-define_op(
-    "linear(Tensor x, Tensor weight, Tensor scale, Tensor? offset=None, float threshold=0.0, "
-    "Tensor? thresholds=None, Tensor? row_scale=None) -> Tensor",
-    _linear,
-    reference.linear,
-    _fake_linear,
-)
+    def compute(self) -> Tensor:
+        self.check()
+        chosen = runs_compiled(self.x, self.weight, self.thresholds)
+        if chosen is None:
+            return self.reference()
+        size, out = self.x.shape[-1], self.scale.shape[0]
+        return run_plan("hf_bnn_linear", self.plan(chosen), self.x, out, size * out)
+
+    def reference(self) -> Tensor:
+        x, thresholds = self.x, self.thresholds
+        size, out = x.shape[-1], self.scale.shape[0]
+        rows, matrix = x.reshape(x.shape[:-1].numel(), size), linear_signs(self.weight, out, size)
+        if thresholds is not None and thresholds.dim() == 2:
+            matrices = matrix.reshape(thresholds.shape[0], out // thresholds.shape[0], size)
+            parts = zip(thresholds, matrices, strict=True)
+            sums = torch.cat([integer_product(signs(rows, 0.0, part), matrix) for part, matrix in parts], 1)
+        else:
+            sums = integer_product(signs(rows, self.threshold, thresholds), matrix)
+        return rescaled(sums, self.scale, self.offset).view(*x.shape[:-1], out).to(x.dtype)
+
+    def fake(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.scale.shape[0]))
 
 
 class LinearCall(Call):
-    """`linear` of fixed weights in a quarter of the time that its op takes to be called.
+    """`linear` of fixed weights. Takes a quarter of the time that calling the op takes.
 
     >>> weight = LinearWeight.from_bits(torch.tensor([[1], [2]], dtype=torch.uint8), 3)
     >>> LinearCall(weight, torch.ones(2))(torch.tensor([[-0.5, 0.2, 0.1]]))
@@ -103,53 +108,72 @@ class LinearCall(Call):
         self, weight: LinearWeight, scale: Tensor, offset: Tensor | None = None, threshold: float | Tensor = 0.0
     ):
         super().__init__(weight, scale, offset, threshold)
-        x, (level, levels) = like_inputs(weight), split_threshold(threshold)
-        check_linear(x, weight.data, scale, offset, levels)
-        chosen = runs_compiled(x, weight.data, levels, scale, offset)
+        given = LinearOperands(like_inputs(weight), weight.data, scale, offset, *split_threshold(threshold))
+        given.check()
+        chosen = runs_compiled(given.x, given.weight, given.thresholds, scale, offset)
         if chosen is not None:
-            level = Threshold(x, level, same_for_all_parts(levels))
-            plan = linear_plan(chosen, weight.in_features, weight.data, scale, offset, level)
+            plan = given._replace(thresholds=same_for_all_parts(given.thresholds)).plan(chosen)
             self.follow(plan, weight.in_features, weight.out_features, weight.in_features * weight.out_features)
+
+    def move(self, weight: LinearWeight) -> None:
+        """Read the same weight from elsewhere in memory, without planning again. `weight.data` is contiguous."""
+        self.arguments = (weight, *self.arguments[1:])
+        if self.plan is not None:
+            self.plan.weights, self.plan.kept = weight.data.data_ptr(), (weight.data, *self.plan.kept[1:])
 
 
 def linear_weight_only(x: Tensor, weight: LinearWeight, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """`(..., in)` to `(..., out)`: float inputs times binary weights.
+    """Product of float inputs and binary weights: `(..., in)` to `(..., out)`.
 
-    Sums in float32 in an order of its own: close to F.linear's, not equal.
+    Sums in float32 in an order of its own: the result is close to that of F.linear, not equal.
     """
     check_features(x, weight)
     return torch.ops.hf_bnn.linear_weight_only(x, weight.data, scale, offset)
 
 
-def _linear_weight_only(x: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    check_linear(x, weight, scale, offset, None)
-    chosen = runs_compiled(x, weight)
-    if chosen is None or (x.shape[:-1].numel() > MANY_ROWS and backend() not in LOOKS_UP):
-        return reference.linear_weight_only(x, weight, scale, offset)
-    size, out = x.shape[-1], scale.shape[0]
-    plan = linear_plan(chosen, size, weight, scale, offset)
-    return run("hf_bnn_linear_weight_only", plan, x, out, FLOAT_WORK * size * out)
+@define_op("linear_weight_only")
+class LinearWeightOnlyOperands(NamedTuple):
+    """Operands of `hf_bnn::linear_weight_only`. `weight` is the `data` of a LinearWeight."""
 
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    offset: Tensor | None = None
 
-define_op(
-    "linear_weight_only(Tensor x, Tensor weight, Tensor scale, Tensor? offset=None) -> Tensor",
-    _linear_weight_only,
-    reference.linear_weight_only,
-    _fake_linear,
-)
+    def check(self) -> None:
+        check_linear(self.x, self.weight, self.scale, self.offset, None)
+
+    def plan(self, chosen: int) -> LinearPlan:
+        return linear_plan(chosen, self.x.shape[-1], self.weight, self.scale, self.offset)
+
+    def compute(self) -> Tensor:
+        self.check()
+        chosen = runs_compiled(self.x, self.weight)
+        if chosen is None or (self.x.shape[:-1].numel() > MANY_ROWS and backend() not in LOOKS_UP):
+            return self.reference()
+        size, out = self.x.shape[-1], self.scale.shape[0]
+        return run_plan("hf_bnn_linear_weight_only", self.plan(chosen), self.x, out, FLOAT_WORK * size * out)
+
+    def reference(self) -> Tensor:
+        x = self.x
+        sums = F.linear(x, linear_signs(self.weight, self.scale.shape[0], x.shape[-1]).to(x.dtype))
+        return rescaled(sums, self.scale, self.offset).to(x.dtype)
+
+    def fake(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.scale.shape[0]))
 
 
 class LinearWeightOnlyCall(Call):
-    """`linear_weight_only` of fixed weights, for few rows: many go to the op."""
+    """`linear_weight_only` of fixed weights. On instruction sets without a look-up, many rows go to the op."""
 
     function, op = "hf_bnn_linear_weight_only", staticmethod(linear_weight_only)
 
     def __init__(self, weight: LinearWeight, scale: Tensor, offset: Tensor | None = None):
         super().__init__(weight, scale, offset)
-        x, work = like_inputs(weight), FLOAT_WORK * weight.in_features * weight.out_features
-        check_linear(x, weight.data, scale, offset, None)
-        chosen = runs_compiled(x, weight.data, scale, offset)
+        given = LinearWeightOnlyOperands(like_inputs(weight), weight.data, scale, offset)
+        given.check()
+        chosen = runs_compiled(given.x, given.weight, scale, offset)
         if chosen is not None:
-            plan = linear_plan(chosen, weight.in_features, weight.data, scale, offset)
-            self.follow(plan, weight.in_features, weight.out_features, work)
+            work = FLOAT_WORK * weight.in_features * weight.out_features
+            self.follow(given.plan(chosen), weight.in_features, weight.out_features, work)
             self.most_rows = math.inf if backend() in LOOKS_UP else MANY_ROWS

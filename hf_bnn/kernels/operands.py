@@ -1,60 +1,22 @@
-"""What the ops of torch.library share: their definition, and checks and forms of their operands.
+"""Checks of the operands of ops, and the forms in which compiled kernels take them."""
 
-They run binary products, for inference: no gradient passes through them.
-
-Inputs are compared with a threshold, `x < threshold` = -1, else +1. Outputs are `sum * scale + offset` in float32, in
-the order of hf_bnn.nn.layers.rescale's operations, then in the dtype of `x`. Compiled kernels and `reference` are equal
-bit for bit, except for the order of summation of `linear_weight_only`.
-"""
-
-from collections.abc import Callable
-from ctypes import addressof, c_float
-from typing import NamedTuple
+from ctypes import Structure, addressof, c_float
 
 import torch
 from torch import Tensor
 
 from ..observers import looked_on
-from .library import FfnPlan, LinearPlan, call, instruction_set, thread_pool, threads_for
+from .library import LinearPlan, call, instruction_set, thread_pool, threads_for
 from .weights import PANEL, LinearWeight, linear_shape
 
 PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, which may want to see what is done to it
 
-# Compared in float32, these are compared exactly.
+# A comparison in float32 is exact for these.
 COMPARABLE = (torch.float32, torch.bfloat16, torch.float16)
-
-_LIBRARY = torch.library.Library("hf_bnn", "DEF")
-
-
-def define_op(schema: str, kernel: Callable, oracle: Callable, fake: Callable) -> None:
-    """Define an op: `kernel` on CPUs, `oracle` on GPUs, `fake` where only shapes are wanted."""
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, kernel, "CPU")
-    _LIBRARY.impl(name, oracle, "CUDA")
-    torch.library.register_fake(f"hf_bnn::{name}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"hf_bnn::{name}", _one_by_one(getattr(torch.ops.hf_bnn, name)), lib=_LIBRARY)
-
-
-def _one_by_one(op: Callable) -> Callable:
-    """The rule of torch.func.vmap for `op`: a call for each element of the batch. The results' batch comes first."""
-
-    def rule(info: NamedTuple, in_dims: tuple[object, ...], *arguments: object) -> tuple[object, object]:
-        columns = [
-            value.unbind(dim) if isinstance(dim, int) else [value] * info.batch_size
-            for value, dim in zip(arguments, in_dims, strict=True)
-        ]
-        results = [op(*row) for row in zip(*columns, strict=True)]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        parts = tuple(torch.stack(part) for part in zip(*results, strict=True))
-        return parts, (0,) * len(parts)
-
-    return rule
 
 
 def runs_compiled(x: Tensor, weight: Tensor, thresholds: Tensor | None = None, *others: Tensor | None) -> int | None:
-    """The instruction set if these tensors go to a compiled kernel."""
+    """The number of the instruction set whose kernel takes these tensors, None if torch computes."""
     if weight.dtype != torch.int32 or x.dtype not in COMPARABLE:
         return None
     if thresholds is not None and thresholds.dtype not in COMPARABLE:
@@ -65,26 +27,26 @@ def runs_compiled(x: Tensor, weight: Tensor, thresholds: Tensor | None = None, *
 
 
 def runs_directly(x: Tensor, *others: Tensor) -> bool:
-    """Whether an op on these may be called as a Python function: nothing looks on that would miss it.
+    """Whether an op may bypass torch's dispatcher, which costs as much as a small product.
 
-    torch's dispatcher costs as much as a small product.
+    It may not where something observes the dispatcher, such as torch.compile or a dispatch mode.
     """
     return type(x) in PLAIN and x.is_cpu and all(other.is_cpu for other in others) and not looked_on()
 
 
 def floats(values: Tensor | None, size: int) -> Tensor:
-    """Contiguous float32; for None what adds nothing to any float, not even to -0.0."""
+    """`values` as contiguous float32. None becomes -0.0, which changes no float to which it is added, not even -0.0."""
     if values is None:
         return torch.full((size,), -0.0, dtype=torch.float32, device="cpu")
-    if values.dtype == torch.float32 and values.is_contiguous():  # each call that is not made saves half a microsecond
+    if values.dtype == torch.float32 and values.is_contiguous():  # saves two calls, half a microsecond each
         return values
     return values.to(torch.float32).contiguous()
 
 
 class Threshold:
-    """What float32 inputs are compared with, in memory: `address` is valid for as long as this object lives.
+    """Thresholds for float32 inputs in memory. `address` is valid while this object exists.
 
-    Two dimensions are for the parts of the outputs, and the inputs.
+    `thresholds` of two dimensions are `(parts of the outputs, inputs)`.
     """
 
     def __init__(self, x: Tensor, threshold: float, thresholds: Tensor | None):
@@ -93,7 +55,7 @@ class Threshold:
             self.values = c_float(threshold)
             self.address = addressof(self.values)
             return
-        # As torch's promotion of types has it: a number, or a 0-d tensor, takes the dtype of x.
+        # Type promotion in torch: a number, or a 0-d tensor, is compared in the dtype of x.
         if thresholds is None:
             thresholds = torch.tensor(threshold, dtype=x.dtype)
         elif thresholds.dim() == 0:
@@ -105,12 +67,12 @@ class Threshold:
 
 
 def parts_of(thresholds: Tensor | None) -> int:
-    """Into how many parts of the outputs these thresholds divide a linear layer."""
+    """Number of parts into which these thresholds divide the outputs of a linear layer."""
     return thresholds.shape[0] if thresholds is not None and thresholds.dim() == 2 else 1
 
 
 def same_for_all_parts(thresholds: Tensor | None) -> Tensor | None:
-    """`thresholds` without parts if none differs from the first one: inputs are then packed once."""
+    """`thresholds` without parts if all parts have equal ones, so that the inputs are packed once."""
     if parts_of(thresholds) > 1 and bool((thresholds == thresholds[0]).all()):
         return thresholds[0]
     return thresholds
@@ -119,7 +81,7 @@ def same_for_all_parts(thresholds: Tensor | None) -> Tensor | None:
 def linear_plan(
     chosen: int, size: int, weight: Tensor, scale: Tensor, offset: Tensor | None, level: Threshold | None = None
 ) -> LinearPlan:
-    """What a compiled linear layer takes beside its inputs. The plan keeps what it points to."""
+    """The operands of a compiled linear layer besides its inputs. The plan keeps the tensors it points to alive."""
     out, panels = scale.shape[0], weight.contiguous()
     scales, offsets = floats(scale, out), floats(offset, out)
     compared = (0, 1, 0) if level is None else (level.address, level.parts, level.per_input)
@@ -129,21 +91,18 @@ def linear_plan(
     return plan
 
 
-def run(name: str, plan: LinearPlan | FfnPlan, x: Tensor, out: int, work: int, *more: int) -> Tensor:
-    """`(..., in)` to `(..., out)` by a function of the library, which takes what is at the addresses `more`, too.
-
-    `work`: multiply-accumulates of a row.
-    """
+def run_plan(name: str, plan: Structure, x: Tensor, out: int, work: int) -> Tensor:
+    """Run a function of the library: `(..., in)` to `(..., out)`. `work`: multiply-accumulates per row."""
     rows = as_rows(x)
     count = rows.shape[0]
     y = x.new_empty(*x.shape[:-1], out, dtype=torch.float32)
     threads = threads_for(count * work)[1]
-    call(name, addressof(plan), rows.data_ptr(), rows.stride(0), count, threads, *more, y.data_ptr())
+    call(name, addressof(plan), rows.data_ptr(), rows.stride(0), count, threads, y.data_ptr())
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """float32 `(rows, in)`, the numbers of a row one after the other."""
+    """`x` as float32 `(rows, in)`, contiguous within a row."""
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if rows.dtype != torch.float32:
         rows = rows.to(torch.float32)
@@ -178,7 +137,7 @@ def check_sizes(out: int, inputs: int, thresholds: Tensor | None, **per_output: 
 
 
 def like_inputs(weight: LinearWeight) -> Tensor:
-    """No inputs, of the shape and kind that calls take."""
+    """An empty batch of inputs, float32 on the device of the weight."""
     return weight.data.new_empty((0, weight.in_features), dtype=torch.float32)
 
 

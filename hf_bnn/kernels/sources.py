@@ -1,27 +1,36 @@
-"""What something was made of: whether any of it has been replaced, or written to, since then."""
+"""The sources of derived data: detects whether one was replaced, or written to, since."""
 
 from collections.abc import Callable, Iterable
-from ctypes import addressof, string_at
+from ctypes import Structure, addressof, c_int64, c_uint64, c_void_p, string_at
 from typing import Any
 
 from torch import Tensor, nn
 
 from .lending import Lent
-from .library import MemorySpan, library
+from .library import declare, library
 
 Source = tuple[dict[str, Any], str]  # a dict of a module, such as its `_parameters`, and the name of an entry of it
 
 
-class Sources:
-    """Entries of modules' dicts, as they were when this was made: tensors, modules, None.
+class MemorySpan(Structure):
+    """`struct memory_span` of csrc/hf_bnn.h."""
 
-    `same()` compares their identity, the addresses of tensors on the CPU and a digest of all their bytes: writes
-    through `.data` or numpy are not counted by torch's version counters. Elsewhere, as on a GPU, the counters decide.
-    Where tensors are in a `Lent` dict that has lent none of them, nobody can have written, and none is read.
+    _fields_ = (("data", c_void_p), ("bytes", c_int64))
+
+
+declare("hf_bnn_digest", c_void_p, c_int64, result=c_uint64)
+
+
+class Sources:
+    """A record of entries of modules' dicts (tensors, modules, None) at the time when this object is made.
+
+    `same()` compares the identity of all entries, and for tensors on the CPU the addresses and a digest of all bytes,
+    since torch's version counters miss writes through `.data` or numpy. On other devices the counters decide. Tensors
+    in a `Lent` dict that has lent none of them cannot have been written to, and are not read.
     """
 
     def __init__(self, entries: Iterable[Source], unread: Iterable[Source] = ()):
-        """Of `unread` entries only the identity is compared."""
+        """`unread`: entries of which only the identity is compared."""
         entries, unread = list(entries), list(unread)
         found = [(_getter(slot), name, dict.get(slot, name)) for slot, name in (*entries, *unread)]
         self.lending = list({id(slot): slot for slot, _ in entries if isinstance(slot, Lent)}.values())
@@ -41,6 +50,7 @@ class Sources:
         self.digest = self.read(self.address, self.count)
 
     def same(self) -> bool:
+        """Whether no entry has been replaced or written to."""
         for get, name, value in self.always:
             if get(name) is not value:
                 return False
@@ -50,7 +60,7 @@ class Sources:
         return True if self.lending else self.same_tensors()
 
     def same_tensors(self) -> bool:
-        """Whether no tensor has been replaced or written to: read, and compared."""
+        """The same, by reading all tensors, lent or not."""
         for get, name, value in self.entries:
             if get(name) is not value:
                 return False
@@ -62,16 +72,16 @@ class Sources:
         return self.read(self.address, self.count) == self.digest
 
     def read_slowly(self, address: int, count: int) -> int:
-        """A digest without the compiled library."""
+        """The digest where there is no compiled library."""
         return hash(b"".join(string_at(span.data, span.bytes) for span in self.spans[:count]))
 
 
 def _getter(slot: dict[str, Any]) -> Callable[[str], Any]:
-    return dict.get.__get__(slot)  # which does not count as lending
+    return dict.get.__get__(slot)  # unlike `slot.get`, does not count as lending
 
 
 def _extent(tensor: Tensor) -> int:
-    """The bytes from a tensor's first number to its last one."""
+    """Bytes from the first number of a tensor to its last."""
     if not tensor.numel():
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -79,12 +89,12 @@ def _extent(tensor: Tensor) -> int:
 
 
 def lent_tensors_of(module: nn.Module, *names: str) -> list[Source]:
-    """`tensors_of`, from dicts that know whether anyone may write to their tensors."""
+    """`tensors_of`, with the module's dicts made `Lent` ones."""
     Lent.in_place_of(module, "_parameters"), Lent.in_place_of(module, "_buffers")
     return tensors_of(module, *names)
 
 
 def tensors_of(module: nn.Module, *names: str) -> list[Source]:
-    """The entries of a module's own parameters and buffers; those called `names`, if any are given."""
+    """Entries of the parameters and buffers of a module itself, only those called `names` if any are given."""
     slots = (module._parameters, module._buffers)
     return [(slot, name) for slot in slots for name in slot if not names or name in names]

@@ -4,15 +4,21 @@ Bits of a tensor are uint8, in the order of its memory: bit i of byte n belongs 
 dense float32 tensors on the CPU and needs a compiled backend: see `runs_on_bits` and `dense`.
 """
 
+from ctypes import c_float, c_int64, c_void_p
+
 import torch
 from torch import Tensor
 
-from .library import call, instruction_set, library, thread_pool
+from .library import call, declare, instruction_set, library, thread_pool
 from .operands import runs_directly
 from .weights import PAIR, PANEL, WORD, linear_shape
 
 # The functions of hf_bnn_elements in csrc/hf_bnn.h.
 SIGNS, SIGN_BITS, INSIDE_BITS, SIGNS_OF_BITS, KEEP_WHERE, TO_BYTES, FROM_BYTES, SIGNS_OF_BYTES, KEEP_WITHIN = range(9)
+declare("hf_bnn_elements", c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_float, c_void_p, result=None)
+declare("hf_bnn_pack_weight", c_int64, c_void_p, c_void_p, *(c_int64,) * 3, c_void_p)
+declare("hf_bnn_sign_products", c_int64, *(c_void_p,) * 3, *(c_int64,) * 4, c_void_p)
+
 WORTH_THREADS = 1 << 18  # numbers: fewer take less time than waking a second thread
 PRODUCTS_WORTH_THREADS = 20_000_000  # multiply-accumulates
 

@@ -1,6 +1,6 @@
-"""Weights laid out again for a backend. Checkpoints hold the layout of `pack_bits`, whatever the machine.
+"""Layouts of weights for the backends. Checkpoints hold the layout of `pack_bits` on every machine.
 
-Compiled kernels take panels, int32: see csrc/kernels.h. torch takes signs, int8. Every op takes both.
+Compiled kernels take int32 panels (see csrc/kernels.h), torch takes int8 signs. Every op accepts both.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from ..functional import unpack_bits
 from .library import backend
 
 PANEL, WORD, PAIR = 16, 32, 64  # outputs in a panel, bits in a word, bits in a pair of words
-# Weights between a group's inputs and outputs: in smaller ones (depthwise: 1) nearly all of a panel is padding, and
-# torch's convolution is faster.
+# Inputs times outputs of a group. For smaller groups (depthwise: 1) torch is faster, since nearly all of a panel would
+# be padding.
 SMALLEST_GROUP = 64
 
 
 class LinearWeight(NamedTuple):
-    """A weight of `out_features x in_features` bits as a backend takes it.
+    """A weight of `out_features x in_features` bits in the layout of a backend.
 
     >>> weight = LinearWeight.from_bits(torch.tensor([[1], [2]], dtype=torch.uint8), 3)
     >>> weight.in_features, weight.out_features
@@ -44,7 +44,7 @@ class LinearWeight(NamedTuple):
 
 
 class Conv2dWeight(NamedTuple):
-    """A convolution's weight of bits as a backend takes it: `data`, and sums of signs for pixels at the border.
+    """The 1-bit weight of a convolution in the layout of a backend, with sums of signs for pixels at the border.
 
     `corners[y, x]` is the sum over the first y rows and x columns of the kernel, int32 `(kh + 1, kw + 1, out)`.
 
@@ -90,18 +90,18 @@ def takes_panels(tensor: Tensor) -> bool:
 
 
 def groups_are_large(channels: int, outputs: int, groups: int) -> bool:
-    """Whether a convolution's groups are worth a kernel: small ones, as of a depthwise convolution, go to torch."""
+    """Whether compiled kernels are faster than torch for these groups. Depthwise ones are too small."""
     return groups == 1 or (channels // groups) * (outputs // groups) >= SMALLEST_GROUP
 
 
 def _bits_to_words(bits: Tensor, size: int) -> Tensor:
     """uint8 `(out, ceil(size / 8))` to int32 `(out, words)`, an even number of words."""
     padded = F.pad(bits, (0, -bits.shape[1] % (PAIR // 8)))
-    if size % 8:  # bits behind the last input would count as differences
+    if size % 8:  # stray bits after the last input would count as differences
         padded[:, size // 8] &= (1 << size % 8) - 1
     shifts = torch.arange(0, WORD, 8, dtype=torch.int64, device=bits.device)
     words = (padded.unflatten(1, (padded.shape[1] // 4, 4)).to(torch.int64) << shifts).sum(-1)
-    words = words - (words >> 31 << 32)  # the number that int32 has for these bits
+    words = words - (words >> 31 << 32)  # two's complement
     return words.to(torch.int32)
 
 
@@ -112,7 +112,7 @@ def _xor_in_pairs(words: Tensor) -> Tensor:
 
 
 def _xor_prefixes(words: Tensor) -> Tensor:
-    """The n-th word is xor of the first n words."""
+    """Prefixes: the n-th word becomes the xor of the first n words."""
     step = 1
     while step < words.shape[1]:
         words = torch.cat((words[:, :step], words[:, step:] ^ words[:, :-step]), 1)

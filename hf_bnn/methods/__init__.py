@@ -24,5 +24,5 @@ __all__ = [
     "method_from_dict",
     "register_method",
     "split_arguments",
-    *METHOD_CLASSES,
 ]
+__all__.extend(METHOD_CLASSES)

@@ -11,9 +11,10 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
 
-from . import fused  # noqa: F401 (tells hf_bnn.optimize_ what to do with the blocks)
 from .bert import (
     BinaryBertConfig,
     BinaryBertForMaskedLM,
@@ -36,23 +37,38 @@ from .vit import (
     BinaryViTModel,
 )
 
+# One row for each family: its config, and its model class for each of transformers' Auto classes.
 MODELS = {
-    AutoBackbone: (BinaryResNetBackbone,),
-    AutoModel: (BinaryBertModel, BinaryResNetModel, BinaryViTModel),
-    AutoModelForImageClassification: (BinaryResNetForImageClassification, BinaryViTForImageClassification),
-    AutoModelForMaskedImageModeling: (BinaryViTForMaskedImageModeling,),
-    AutoModelForMaskedLM: (BinaryBertForMaskedLM,),
-    AutoModelForMultipleChoice: (BinaryBertForMultipleChoice,),
-    AutoModelForQuestionAnswering: (BinaryBertForQuestionAnswering,),
-    AutoModelForSequenceClassification: (BinaryBertForSequenceClassification,),
-    AutoModelForTokenClassification: (BinaryBertForTokenClassification,),
+    BinaryBertConfig: {
+        AutoModel: BinaryBertModel,
+        AutoModelForMaskedLM: BinaryBertForMaskedLM,
+        AutoModelForMultipleChoice: BinaryBertForMultipleChoice,
+        AutoModelForQuestionAnswering: BinaryBertForQuestionAnswering,
+        AutoModelForSequenceClassification: BinaryBertForSequenceClassification,
+        AutoModelForTokenClassification: BinaryBertForTokenClassification,
+    },
+    BinaryResNetConfig: {
+        AutoBackbone: BinaryResNetBackbone,
+        AutoModel: BinaryResNetModel,
+        AutoModelForImageClassification: BinaryResNetForImageClassification,
+    },
+    BinaryViTConfig: {
+        AutoModel: BinaryViTModel,
+        AutoModelForImageClassification: BinaryViTForImageClassification,
+        AutoModelForMaskedImageModeling: BinaryViTForMaskedImageModeling,
+    },
 }
 
-for config in (BinaryBertConfig, BinaryResNetConfig, BinaryViTConfig):
+
+def register(config: type[PreTrainedConfig], models: dict[type, type[PreTrainedModel]]) -> None:
+    """Let transformers' Auto classes find a family by its config: one row of MODELS."""
     AutoConfig.register(config.model_type, config)
-for auto, classes in MODELS.items():
-    for cls in classes:
-        auto.register(cls.config_class, cls)
+    for auto, cls in models.items():
+        auto.register(config, cls)
+
+
+for row in MODELS.items():
+    register(*row)
 
 __all__ = [
     "BinaryBertConfig",

@@ -1,4 +1,4 @@
-"""What the binary model classes of all families share: config fields, loading, saving."""
+"""The base of all binary model classes: how they are built, loaded and saved."""
 
 from __future__ import annotations
 
@@ -6,136 +6,45 @@ import os
 import shutil
 import tempfile
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import logging
 
 from ..adapters import refuse_adapted
-from ..convert import empty_packed_, replace_modules, set_weight_format, to_binary_
-from ..functional import WEIGHT_SCALINGS
+from ..convert import set_weight_format, to_binary_, to_packed_
 from ..fused import optimize_
 from ..install import install_method, method_state_names
 from ..integrity import CorruptCheckpointError, file_digest
 from ..nn.activations import RPReLU
-from ..nn.embeddings import BinaryEmbedding, Int8Embedding
 from ..nn.finite import check_finite, tensors_to_check
-from ..nn.layers import BINARIZE, BinaryLayer, BinaryLinear
+from ..nn.layers import BinaryLayer, BinaryLinear
 from ..nn.levels import ElasticLevels, LearnedLevels, SignedLevels
 from ..nn.packed import PACKED, is_packed
 from ..nn.scalar_levels import levels_as_saved
-from ..selection import check_patterns, choose_layers, matches, pattern_list, unmatched
+from ..selection import check_patterns, choose_layers, pattern_list, unmatched
 from ..summary import composition
-from .checkpoint import AGAIN, CONFIG_DIGEST, check_padding, check_sizes, verify_structure, write_structure_digest
-from .loading import BUILDING_ERRORS, CheckedLoading, one_line, refuse_offloading
+from .checkpoint import AGAIN, check_padding, write_structure_digest
+from .config import BinaryConfigFields
+from .loading import BUILDING_ERRORS, CheckedLoading, refuse_offloading
 from .plain_trainer import notice_plain_trainer
 from .saving import WEIGHT_FILE, digests_of_other_variants, publish, replace_stock_card, undeclared_ties
 
 logger = logging.get_logger(__name__)
 
-EMBEDDINGS = {"float": None, "int8": Int8Embedding, "binary": BinaryEmbedding}
 OWN_PARTS = (LearnedLevels, RPReLU)  # modules whose parameters a float checkpoint lacks
-WEIGHT_FORMATS = ("float", "latent", "packed")
-
-
-def check_choice(field: str, value: object, choices) -> None:
-    """Raise ValueError, with the field, the value and the choices, unless `value` is one of them."""
-    if value not in choices:
-        raise ValueError(f"{field}={value!r}: expected one of {', '.join(map(str, choices))}")
-
-
-@dataclass
-class BinaryConfigFields:
-    """The structure of a binary model, as fields of its config. How it is trained is the trainer's business."""
-
-    float_model_type: ClassVar[str]  # the model_type of the float checkpoints that this family reads
-    also_reads: ClassVar[tuple[str, ...]] = ()  # the model_type of others whose weights it can take
-
-    levels_choices: ClassVar[tuple[str, ...]] = ("elastic", "signed")
-    family_patterns: ClassVar[tuple[str, ...]] = ()  # of the family's own `exclude`: a head need not have all of them
-
-    binarize: str = "both"  # both | weights | activations | none: a float model of the same structure
-    levels: str = "elastic"  # of the binary layers' inputs: elastic | signed
-    weight_scaling: str = "channel"  # one scale per output channel, per layer, or none: channel | layer | none
-    exclude: list[str] | None = None  # patterns of the modules that stay float; None: the family's own
-    method: dict[str, Any] | None = None  # a record for the model card: the method that trained the weights
-    weight_format: str = "float"  # what the checkpoint holds: float | latent | packed
-    weights_sha256: dict[str, str] | None = None  # of the weight files beside this config, written when they are saved
-
-    def __post_init__(self, **kwargs):
-        if (skip := kwargs.pop("skip", None)) is not None:  # as older configs call it
-            if self.exclude is not None:
-                raise ValueError(f"exclude={self.exclude!r} and skip={skip!r}: skip is an older name of exclude")
-            self.exclude = skip
-        self.exclude = pattern_list("exclude", self.exclude)
-        super().__post_init__(**kwargs)
-        self.model_type = type(self).model_type  # a float checkpoint's config brings its own
-        check_choice("binarize", self.binarize, (*BINARIZE, "none"))
-        check_choice("levels", self.levels, self.levels_choices)
-        check_choice("weight_scaling", self.weight_scaling, WEIGHT_SCALINGS)
-        check_choice("weight_format", self.weight_format, WEIGHT_FORMATS)
-        if self.weight_format == "packed" and self.binarize == "none":
-            raise ValueError(
-                "a packed checkpoint cannot be made float with binarize='none': load it, and hf_bnn.unpack_ it"
-            )
-
-    @property
-    def skip(self) -> list[str] | None:
-        """An older name of `exclude`."""
-        return self.exclude
-
-    @skip.setter
-    def skip(self, patterns: list[str] | None) -> None:
-        self.exclude = patterns
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config == {}:  # transformers would go on with the default sizes
-            raise CorruptCheckpointError(f"{pretrained_model_name_or_path} has no {CONFIG_NAME}: {AGAIN}")
-        found = config.get("model_type", cls.float_model_type)
-        floats = (cls.float_model_type, *cls.also_reads)
-        if found not in (*floats, cls.model_type):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds a {found!r} model: {cls.__name__} reads "
-                f"{', '.join(map(repr, floats))} (float) and {cls.model_type!r} (binary) checkpoints"
-            )
-        return {**config, "model_type": cls.model_type}, kwargs
-
-    @classmethod
-    def own_fields(cls) -> set[str]:
-        """The names of the fields that a float model's config lacks."""
-        package = __name__.partition(".")[0]
-        own = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == package]
-        return {name for base in own for name in vars(base).get("__annotations__", ()) if hasattr(base, name)}
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As in transformers. Raises CorruptCheckpointError for what has changed since it was saved with a digest."""
-        saved = CONFIG_DIGEST in config_dict and not kwargs.keys() & config_dict.keys()
-        folder = kwargs.get("name_or_path")  # the Auto classes say it
-        name = Path(folder) / CONFIG_NAME if folder else CONFIG_NAME
-        verify_structure(config_dict, name)
-        check_sizes(config_dict, name)
-        # Trap: transformers sets what a caller asks for on the finished config, past its checks.
-        asked = {field: kwargs.pop(field) for field in cls.own_fields() & kwargs.keys()}
-        config_dict = {**{key: value for key, value in config_dict.items() if key != CONFIG_DIGEST}, **asked}
-        try:
-            return super().from_dict(config_dict, **kwargs)
-        except BUILDING_ERRORS as error:
-            if saved:
-                raise CorruptCheckpointError(f"{name} holds no {cls.__name__}: {one_line(error)}; {AGAIN}") from error
-            raise
 
 
 class BinaryModelMixin(CheckedLoading):
-    """Comes before a transformers model class and makes its linear layers binary.
+    """Makes the linear and conv2d layers of a transformers model binary. Comes before the model's class.
 
-    The family says, in methods, what the levels of each layer's input are and what else it replaces.
+    A family overrides methods to choose the levels of each layer's input and to replace other modules.
     """
+
+    # Patterns of modules in attention, feed-forward or residual blocks that `optimize_` does not fuse, with reasons.
+    unfused: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config, *args, **kwargs):
         if not isinstance(config, self.config_class):
@@ -149,15 +58,15 @@ class BinaryModelMixin(CheckedLoading):
         self.rewrite()
         if config.binarize == "none":
             return
-        to_binary_(self, self.chosen_layers(), config.binarize, self.input_levels, config.weight_scaling)
+        structure = (self.chosen_layers(), config.binarize, self.input_levels, config.weight_scaling)
         if config.weight_format == "packed":
-            empty_packed_(self)
+            to_packed_(self, *structure)
         else:
-            install_method(self)
+            install_method(to_binary_(self, *structure))
             config.weight_format = "latent"
 
     def chosen_layers(self) -> dict[nn.Module, str]:
-        """The layers that are to be binary, with their names. Raises ValueError for a pattern that matches nothing."""
+        """The layers to make binary, with their names. Raises ValueError for a pattern that matches nothing."""
         config = self.config
         patterns = config.exclude = pattern_list("exclude", config.exclude)
         own = [pattern for pattern in patterns if pattern not in config.family_patterns]
@@ -171,31 +80,21 @@ class BinaryModelMixin(CheckedLoading):
 
     @property
     def binary_config(self) -> BinaryConfigFields:
-        """Where it is written what is binary, and what the checkpoint holds."""
+        """The config that records what is binary and what the checkpoint holds."""
         return self.config
 
     def prepare_config(self, config) -> None:
-        """Settle, before the float model is built, whatever its building reads from the config."""
+        """Adjust the config, in place, before the float model is built from it."""
 
     def input_levels(self, name: str) -> SignedLevels:
         """The levels of the input of the binary layer called `name`."""
         return ElasticLevels() if self.config.levels == "elastic" else SignedLevels()
 
     def rewrite(self) -> None:
-        """Change other parts of the float model, before its layers become binary (rounded tables, other blocks)."""
-
-    def replace_tables(self, kind: str, patterns: tuple[str, ...]) -> None:
-        """Make every `nn.Embedding` whose name matches one of `patterns` an int8 or a binary one."""
-        table = EMBEDDINGS[kind]
-        if table is not None:
-
-            def rounded(name: str, module: nn.Module) -> nn.Module | None:
-                return table.from_float(module) if matches(name, patterns) else None
-
-            replace_modules(self, rounded)
+        """Replace other parts of the float model (tables, blocks) before its layers become binary."""
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers; a binary output layer stays binary. Raises ValueError where either is packed."""
+        """As in transformers; a binary output layer stays binary. Raises ValueError if either is packed."""
         parts = {"word table": self.get_input_embeddings(), "output layer": self.get_output_embeddings()}
         for name, part in parts.items():
             if isinstance(part, tuple(PACKED.values())):
@@ -226,7 +125,7 @@ class BinaryModelMixin(CheckedLoading):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, optimize: bool = False, **kwargs):
         """As in transformers. `optimize` runs `hf_bnn.optimize_` on a packed checkpoint.
 
-        Raises CorruptCheckpointError for a binary checkpoint that is not as it was saved, or that cannot be read.
+        Raises CorruptCheckpointError for a binary checkpoint that was altered since it was saved or cannot be read.
         """
         try:
             found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -265,7 +164,7 @@ class BinaryModelMixin(CheckedLoading):
     def float_weights(
         self, state_dict: dict[str, Tensor] | None, files: list[str] | None
     ) -> tuple[dict[str, Tensor] | None, list[str] | None]:
-        """What to load of a float checkpoint, given in memory or in files: another family's, in this one's names."""
+        """The weights to load of a float checkpoint, in memory or in files. Renames the weights of a related family."""
         return state_dict, files
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys, device_map, *args, **kwargs):
@@ -283,12 +182,12 @@ class BinaryModelMixin(CheckedLoading):
         loading_info.missing_keys = {key for key in loading_info.missing_keys if not key.startswith(fresh)}
 
     def level_prefixes(self) -> tuple[str, ...]:
-        """How the state dict's keys of all levels, and of other parts that float models lack, begin."""
+        """The prefixes of the state dict's keys that float models lack: those of levels and of RPReLU."""
         return tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, OWN_PARTS))
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        for module in self.modules():  # the stock model's own walk does not know them
+        for module in self.modules():  # the stock model's own loop skips them
             if isinstance(module, OWN_PARTS):
                 if all(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
                     module.fresh = False
@@ -305,8 +204,10 @@ class BinaryModelMixin(CheckedLoading):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """As in transformers, with three differences: what belongs to a training method is left out, the digests of
-        the weight files go into config.json, and whatever the folder holds stays as it is until all is written.
+        """As in transformers, with three differences.
+
+        A training method's state is left out, config.json receives the digests of the weight files, and the files in
+        the folder are replaced only after all new ones are written.
         """
         refuse_adapted(self)
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)

@@ -1,4 +1,4 @@
-"""What must be true of a binary checkpoint's files before anything of them is loaded."""
+"""Checks of a binary checkpoint's files before any tensor is loaded."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ..nn.packed import PackedBinaryEmbedding, PackedConv2d, PackedLinear
 
 AGAIN = "fetch or save it again"
 CONFIG_DIGEST = "config_sha256"
-# What may change in a config.json without another model coming of it. All else, known or not, is under the digest.
+# Fields of config.json that may change without changing the model. The digest covers all others, known or not.
 NOT_STRUCTURAL = frozenset(
     {
         CONFIG_DIGEST,
         "weights_sha256",
-        "method",  # a record of how it was trained
+        "method",  # how it was trained, for the model card
         "transformers_version",
         "_name_or_path",
         "name_or_path",
@@ -36,7 +36,7 @@ NOT_STRUCTURAL = frozenset(
     }
 )
 
-MOST_LAYERS = 1000  # transformers has no model as deep; each costs milliseconds to build before a file is looked at
+MOST_LAYERS = 1000  # more than any model of transformers; each takes milliseconds to build before any file is checked
 MOST_LABELS = 2**20  # transformers makes a name for each when it reads a config
 LARGEST_SIZE = 2**31 - 1
 DEPTH = re.compile(r"(^|_)(layers?|depths?|blocks|stages|experts)$")
@@ -44,17 +44,17 @@ SIZE = re.compile(
     r"(^|_)(vocab|hidden|embedding|intermediate|patch|image)_sizes?$|(^|_)(heads|channels|dim|positions)$"
 )
 SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
-SPARE_BYTES = 2**28  # of buffers that are computed, not loaded, beside what the files hold
+SPARE_BYTES = 2**28  # for buffers that are computed rather than loaded
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 INTEGERS = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 DTYPES = {**FLOATS, **INTEGERS, "BOOL": torch.bool}
 
 
 class Entry(NamedTuple):
-    """What the header of a weight file says of one tensor."""
+    """One tensor's entry in the header of a weight file."""
 
     file: Path
-    dtype: torch.dtype | None  # None: one that no binary model has
+    dtype: torch.dtype | None  # None: a dtype that no binary model uses
     shape: tuple[int, ...]
 
 
@@ -62,9 +62,9 @@ class Entry(NamedTuple):
 
 
 def structure_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256, in hexadecimal, of all in a config.json that says what the weights mean.
+    """SHA-256, in hexadecimal, of the fields of a config.json that determine what the weights mean.
 
-    Of the file as it is written, not of a config object: what later versions of transformers add to those is not in it.
+    Computed from the written file, not from a config object: later versions of transformers add fields to objects.
     """
     text = json.dumps(_structural(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -73,24 +73,24 @@ def structure_digest(config: Mapping[str, Any]) -> str:
 def _structural(value: Any) -> Any:
     if isinstance(value, Mapping):
         kept = {str(key): _structural(item) for key, item in value.items() if key not in NOT_STRUCTURAL}
-        if isinstance(value.get("id2label"), Mapping):  # labels may be renamed, but not become more
+        if isinstance(value.get("id2label"), Mapping):  # labels may be renamed, but their number is fixed
             kept["id2label"] = sorted(map(str, value["id2label"]))
         return kept
     if isinstance(value, list | tuple):
         return [_structural(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):  # as transformers writes it
+    if isinstance(value, float) and not math.isfinite(value):  # the form in which transformers writes it
         return {"__float__": {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}[str(value)]}
     return value
 
 
 def binary_config_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that says what is binary in it: the whole, or its quantization_config."""
+    """The part of a config.json that says what is binary: its quantization_config or, in a binary family, all of it."""
     plugged_in = config.get("quantization_config")
     return plugged_in if isinstance(plugged_in, dict) else dict(config)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The folder's config.json; None if it has none. Raises CorruptCheckpointError for one that is not JSON."""
+    """The folder's config.json; None if there is none. Raises CorruptCheckpointError if it is not a JSON object."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         return None
@@ -104,7 +104,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def write_structure_digest(folder: Path) -> None:
-    """Put the digest of a config.json into it, beside those of the weights."""
+    """Write the digest of the folder's config.json into it, beside those of the weights."""
     path = folder / CONFIG_NAME
     config = json.loads(path.read_text(encoding="utf-8"))
     digest = structure_digest(config)
@@ -113,7 +113,7 @@ def write_structure_digest(folder: Path) -> None:
 
 
 def verify_structure(config: Mapping[str, Any], name: str | Path = CONFIG_NAME) -> None:
-    """Raise CorruptCheckpointError if a config.json has a digest, and another one is its."""
+    """Raise CorruptCheckpointError if a config.json does not match the digest that it holds."""
     expected = binary_config_of(config).get(CONFIG_DIGEST)
     if expected is not None and expected != structure_digest(config):
         raise CorruptCheckpointError(
@@ -124,7 +124,7 @@ def verify_structure(config: Mapping[str, Any], name: str | Path = CONFIG_NAME) 
 
 
 def check_sizes(config: Mapping[str, Any], name: str | Path = CONFIG_NAME) -> None:
-    """Raise CorruptCheckpointError for sizes with which building the model would not end, not fit, or make no sense."""
+    """Raise CorruptCheckpointError for negative sizes and for implausible ones, which would exhaust time or memory."""
     for field, value in _numbers(config):
         last = field.rpartition(".")[2]
         deep = DEPTH.search(last)
@@ -154,7 +154,7 @@ def _numbers(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def verify_weight_files(files: list[str], folder: Path, digests: Mapping[str, str]) -> None:
     """Raise CorruptCheckpointError for a file outside `folder`, unlisted in `digests`, altered, or not safetensors.
 
-    The Hub's cache links each name to a blob: it is the name asked for that is looked up.
+    Files are looked up by the name asked for: in the Hub's cache each name is a link to a blob.
     """
     paths = [Path(file) for file in files]
     for path in paths:
@@ -183,7 +183,7 @@ def verify_weight_files(files: list[str], folder: Path, digests: Mapping[str, st
 
 
 def _belongs(other: str, name: str) -> bool:
-    """Whether the file `other` is of the same set of shards as `name`, or the index of that set."""
+    """Whether the file `other` belongs to the same set of shards as `name`, or is the index of that set."""
     shard = SHARD.fullmatch(name)
     if not shard:
         return False
@@ -195,7 +195,7 @@ def _belongs(other: str, name: str) -> bool:
 
 
 def headers(files: list[str]) -> dict[str, Entry]:
-    """What the weight files hold, by key. Reads no tensor."""
+    """The entries of the weight files' headers, by key. Reads no tensor."""
     found = {}
     for path in map(Path, files):
         try:
@@ -211,9 +211,9 @@ def headers(files: list[str]) -> dict[str, Entry]:
 def placed(
     model: PreTrainedModel, entries: Mapping[str, Entry], conversions: list[WeightTransform], own: Mapping[str, Tensor]
 ) -> tuple[dict[str, Entry | None], list[str]]:
-    """Which of the file's tensors go where: by the key in the model's state dict `own`, and those that go nowhere.
+    """The files' tensors by their keys in the model's state dict `own`, and the names of those without a place in it.
 
-    None: made of several tensors, which only loading can judge.
+    An entry is None where the tensor is assembled from several, which only loading can check.
     """
     renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
     converters = [step for step in conversions if isinstance(step, WeightConverter)]
@@ -230,14 +230,14 @@ def placed(
 
 
 def check_dtype(key: str, entry: Entry, expected: Tensor) -> None:
-    """Raise CorruptCheckpointError for integers where numbers are expected, and the other way round."""
+    """Raise CorruptCheckpointError for integers in place of floats, and the other way round."""
     both_float = expected.is_floating_point() and entry.dtype in FLOATS.values()
     if not both_float and entry.dtype != expected.dtype:
         raise CorruptCheckpointError(f"{entry.file} holds {key!r} as {entry.dtype}, not as {expected.dtype}: {AGAIN}")
 
 
 def check_computed_buffers(model: nn.Module, entries: Mapping[str, Entry]) -> None:
-    """Raise CorruptCheckpointError if buffers that no file holds would need far more memory than all that one holds."""
+    """Raise CorruptCheckpointError if the computed buffers would need far more memory than the files hold."""
     computed = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     held = sum(math.prod(entry.shape) for entry in entries.values())
     if computed > SPARE_BYTES + 16 * held:
@@ -248,7 +248,7 @@ def check_computed_buffers(model: nn.Module, entries: Mapping[str, Entry]) -> No
 
 
 def check_padding(model: nn.Module) -> None:
-    """Raise CorruptCheckpointError where a packed row has bits set behind its end: kernels would count them."""
+    """Raise CorruptCheckpointError if a packed row has bits set past its end: kernels would count them."""
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             size, last = module.in_features, module.weight[..., -1]

@@ -1,4 +1,4 @@
-"""What a binary checkpoint must have, of the model that it is loaded into."""
+"""Checks of a binary checkpoint against the model that it is loaded into."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from .checkpoint import (
     verify_weight_files,
 )
 
-OPTIONAL = ("*pooler.*", "*mask_token")  # of the encoder, but not under every head
-# Fields of which a caller may ask for other values than a latent checkpoint was trained with.
+OPTIONAL = ("*pooler.*", "*mask_token")  # parts of the encoder that some heads lack
+# Fields that a caller may change when loading a latent checkpoint.
 RESTRUCTURING = ("binarize", "levels", "ffn_levels", "attention", "block", "block_activation", "unsigned")
-# What building a model from a broken file ends in, in transformers, torch and safetensors.
+# Errors that transformers, torch and safetensors raise when a model is built from a broken file.
 BUILDING_ERRORS = (
     SafetensorError,
     StrictDataclassError,
@@ -48,7 +48,7 @@ BUILDING_ERRORS = (
     TypeError,
     ValueError,
 )
-# Arguments of from_pretrained that say where a checkpoint is, and nothing of what it is.
+# Arguments of from_pretrained that locate a checkpoint and do not affect its content.
 WHERE = frozenset(
     {
         *("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies", "config"),
@@ -59,18 +59,18 @@ WHERE = frozenset(
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error and what it says, without line breaks."""
+    """The class and the message of an error, without line breaks."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two shapes are equal, or of single numbers: older files hold learned levels as scalars."""
+    """Whether two shapes are equal or both of one number: older files hold learned levels as scalars."""
     return tuple(one) == tuple(other) or {tuple(one), tuple(other)} <= {(), (1,)}
 
 
 def refuse_offloading(model: nn.Module, device_map: dict[str, Any] | None) -> None:
-    """Raise ValueError for a device_map that would offload learned levels, which are read, but never called."""
+    """Raise ValueError for a device_map that would offload learned levels: these are read without being called."""
     places = {str(place) for place in (device_map or {}).values()}
     offloads = "disk" in places or ("cpu" in places and len(places) > 1)
     if offloads and any(isinstance(module, LearnedLevels) for module in model.modules()):
@@ -78,13 +78,13 @@ def refuse_offloading(model: nn.Module, device_map: dict[str, Any] | None) -> No
 
 
 class CheckedLoading:
-    """Comes before a transformers model class and judges the files that its weights are to come from."""
+    """Checks the files before a model loads its weights from them. Comes before a transformers model class."""
 
     loaded_format: str  # what the checkpoint holds: float | latent | packed
 
     @classmethod
     def blame_the_file(cls, name: str, arguments: dict[str, Any], error: BaseException) -> None:
-        """Raise CorruptCheckpointError if `error` came of a file of hf_bnn's, and not of the caller's arguments."""
+        """Raise CorruptCheckpointError if a file of hf_bnn caused `error`, rather than the caller's arguments."""
         where = {
             key: arguments[key] for key in ("cache_dir", "revision", "subfolder") if arguments.get(key) is not None
         }
@@ -104,9 +104,9 @@ class CheckedLoading:
         ) from error
 
     def check_files(self, files: list[str] | None, conversions: list[WeightTransform]) -> None:
-        """Raise CorruptCheckpointError unless the weight files are those that were saved, and fit this model.
+        """Raise CorruptCheckpointError unless the weight files are unaltered and fit this model.
 
-        Looks at digests and headers; nothing is allocated. Files that hf_bnn did not write are not judged.
+        Reads digests and headers only; allocates nothing. Files that hf_bnn did not write are not checked.
         """
         if not files:
             return
@@ -137,11 +137,11 @@ class CheckedLoading:
         self.check_headers(headers(files), conversions)
 
     def wrote(self, source: dict[str, Any]) -> bool:
-        """Whether a config.json is of a model that was saved in the form that this one has."""
+        """Whether a config.json belongs to a model saved by this family (or, in the plug-in, by the plug-in)."""
         return source.get("model_type") == self.config_class.model_type
 
     def check_headers(self, entries: dict[str, Entry], conversions: list[WeightTransform]) -> None:
-        """Raise CorruptCheckpointError for tensors that are missing, or of another kind or shape, or have no place."""
+        """Raise CorruptCheckpointError for tensors that are missing, surplus, or of the wrong dtype or shape."""
         own = self.state_dict()
         check_computed_buffers(self, entries)
         found, elsewhere = placed(self, entries, conversions, own)
@@ -175,22 +175,22 @@ class CheckedLoading:
             )
 
     def in_encoder(self, key: str) -> bool:
-        """Whether a tensor is not of a head alone, but of what models with all heads have. True of all packed ones."""
+        """Whether a tensor belongs to the encoder, which models with all heads share. True of all packed tensors."""
         if isinstance(self.get_submodule(key.rpartition(".")[0]), tuple(PACKED.values())):
             return True
         encoder = f"{self.base_model_prefix}." if hasattr(self, self.base_model_prefix) else ""
         return key.startswith(encoder)
 
     def may_lack(self, key: str) -> bool:
-        """Whether a binary checkpoint may come without the tensor `key`, which then starts afresh.
+        """Whether a binary checkpoint may lack the tensor `key`, which then gets its initial values.
 
-        True of what another head does not have, unless it is packed: bits that are missing would be random ones.
+        True of tensors that another head lacks, unless they are packed: missing bits would be random.
         """
         ignored = (*(self._keys_to_ignore_on_load_missing or ()), *map(re.escape, self._keys_to_ignore_on_save or ()))
         if key in self.all_tied_weights_keys or any(re.search(pattern, key) for pattern in ignored):
             return True
         source = self.__dict__.get("source")
-        # Levels may be new in a latent checkpoint: it is how weights-only training goes on with binary inputs.
+        # A latent checkpoint may lack levels: weights-only training then continues with binary inputs.
         if self.loaded_format == "latent" and key.startswith(self.level_prefixes()):
             return source is None or bool(self.restructured(source))
         if self.in_encoder(key):
@@ -200,7 +200,7 @@ class CheckedLoading:
         return source is None or type(self).__name__ not in (source.get("architectures") or ())
 
     def may_have(self, key: str) -> bool:
-        """Whether a binary checkpoint may hold a tensor `key` that this model has no place for: another head's."""
+        """Whether a binary checkpoint may hold a tensor `key` that this model lacks: one of another head."""
         ignored = (*(self._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
         if matches(key, OPTIONAL) or any(re.search(pattern, key) for pattern in ignored):
             return True
@@ -213,18 +213,18 @@ class CheckedLoading:
         return inner == key and inner.partition(".")[0] not in dict(self.base_model.named_children())
 
     def restructured(self, source: dict[str, Any]) -> list[str]:
-        """The fields in which this model's structure is not what a config.json says: other levels, say."""
-        record, saved = self.binary_config.to_dict(), binary_config_of(source)
-        # Which layers packed weights are of, their headers tell; another head adds its own layers to those excluded.
+        """The fields in which this model's structure differs from a config.json, such as `levels`."""
+        config, saved = self.binary_config.to_dict(), binary_config_of(source)
+        # The headers show which layers are packed, and another head adds its own layers to the excluded ones.
         fields = (*RESTRUCTURING, "exclude") if self.loaded_format == "latent" else RESTRUCTURING
-        return [field for field in fields if saved.get(field, record.get(field)) != record.get(field)]
+        return [field for field in fields if saved.get(field, config.get(field)) != config.get(field)]
 
 
 def _differs(config: PreTrainedConfig | None, cls: type[PreTrainedConfig], source: dict[str, Any]) -> bool:
-    """Whether a caller's config is of another model than what a config.json says."""
+    """Whether a caller's config describes another model than a config.json does."""
     if config is None:
         return False
     try:
         return structure_digest(config.to_dict()) != structure_digest(cls.from_dict(source).to_dict())
     except BUILDING_ERRORS:
-        return False  # what the file says is no config
+        return False  # the file holds no valid config

@@ -1,4 +1,4 @@
-"""Whether a binary model is being trained by transformers' own Trainer, which knows nothing of it."""
+"""A warning for binary models that transformers' own Trainer trains, as if they were float."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FRAMES = 12  # between Trainer.training_step and the model's own train()
 
 
 def notice_plain_trainer(model: nn.Module) -> None:
-    """Warn, once for a class of models, if a Trainer that is no BinaryTrainer is about to train `model`.
+    """Warn, once per class of models, if a Trainer other than BinaryTrainer is about to train `model`.
 
-    A Trainer does not tell the models that it trains: it is looked for among the callers.
+    A Trainer does not announce itself to the model, so the call stack is searched for one.
     """
     trainer = _calling_trainer()
     if trainer is None or getattr(trainer, "trains_binary_models", False):
@@ -28,8 +28,8 @@ def notice_plain_trainer(model: nn.Module) -> None:
 
 
 def _calling_trainer() -> object | None:
-    """The transformers Trainer from one of whose methods the program has come here."""
-    kind = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)  # not imported: there is none
+    """The transformers Trainer that called, if any."""
+    kind = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)  # None: never imported
     frame = None if kind is None else sys._getframe(2)
     for _ in range(FRAMES):
         if frame is None:

@@ -1,4 +1,4 @@
-"""Any other architecture: `from_pretrained(name, quantization_config=BinaryConfig())`, by transformers' plug-in."""
+"""Other architectures, as a quantizer of transformers: `from_pretrained(name, quantization_config=BinaryConfig())`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..convert import empty_packed_, is_binary, to_binary_
+from ..convert import is_binary, to_binary_, to_packed_
 from ..functional import WEIGHT_SCALINGS
 from ..install import install_method
 from ..integrity import CorruptCheckpointError
@@ -36,8 +36,9 @@ from ..selection import (
     pattern_list,
 )
 from ..summary import composition
-from .base import BinaryModelMixin, check_choice
+from .base import BinaryModelMixin
 from .checkpoint import AGAIN, CONFIG_DIGEST, check_sizes
+from .config import check_choice
 from .loading import one_line, refuse_offloading
 
 logger = logging.get_logger(__name__)
@@ -47,19 +48,22 @@ NAME = "hf_bnn"
 
 @register_quantization_config(NAME)
 class BinaryConfig(QuantizationConfigMixin):
-    """What is binary in a model that has no binary class of its own. It becomes `quantization_config` in config.json.
+    """The structure of a binary model without a binary class of its own: `quantization_config` in its config.json.
 
     - `binarize`: "both", "weights" or "activations".
     - `levels` of the binary layers' inputs: "elastic" (learned scale and threshold) or "signed" ({-1, 1}).
-    - `unsigned`: patterns of the layers whose inputs are hardly ever negative, after ReLU or GELU: {0, a}, or {0, 1}.
+    - `unsigned`: patterns of the layers whose inputs are rarely negative, after ReLU or GELU. Their levels are {0, a}
+      ("elastic") or {0, 1} ("signed").
     - `weight_scaling`: one scale per output "channel", per "layer", or "none".
-    - `include`, `exclude`: patterns of the layers that become binary, and of those that stay float. include=None: all
-      nn.Linear and nn.Conv2d. exclude=None: heads and output embeddings, what reads the image, poolers, and what
-      cannot be binary; settled once, when the model is built, and stored.
-    - `weight_format`, `weights_sha256`: what the checkpoint holds, "latent" or "packed", written when it is saved.
+    - `include`: patterns of the layers that become binary. None: all nn.Linear and nn.Conv2d.
+    - `exclude`: patterns of the layers that stay float. None: heads, output embeddings, layers that read the image,
+      poolers, and layers that cannot be binary; the names are stored when the model is built.
+    - `weight_format`, `weights_sha256`: what the checkpoint holds ("latent" or "packed") and its files' digests,
+      written when it is saved.
 
-    Patterns are shell-style, over the modules' dotted names with or without the base model's prefix; a module's pattern
-    covers all within it. Whoever loads the result imports hf_bnn first: without it transformers skips the plug-in.
+    Patterns are shell-style and match dotted module names, with or without the base model's prefix. A pattern that
+    matches a module covers everything in it. Import hf_bnn before loading such a model: without it transformers skips
+    the quantizer.
 
     >>> config = BinaryConfig(levels="signed", exclude=["lm_head"])
     >>> BinaryConfig.from_dict(config.to_dict()).exclude
@@ -91,7 +95,7 @@ class BinaryConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
-        # It stands for a file, not for an object: what is made of the object may well differ.
+        # The digest is that of a file: an object made from it may differ.
         saved = CONFIG_DIGEST in config_dict
         config_dict = {key: value for key, value in config_dict.items() if key != CONFIG_DIGEST}
         known = list(inspect.signature(cls).parameters)
@@ -109,9 +113,9 @@ class BinaryConfig(QuantizationConfigMixin):
             raise CorruptCheckpointError(message) from error
 
     def apply_(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Make a float model that is in memory binary, in place, as from_pretrained does with one that it loads.
+        """Make a float model in memory binary, in place, as from_pretrained does while loading.
 
-        For models made by `from_config`, which leaves quantization_config out.
+        For models made by `from_config`, which ignores quantization_config.
         """
         quantizer = BinaryQuantizer(self, pre_quantized=False)
         quantizer.preprocess_model(model)
@@ -127,10 +131,10 @@ class BinaryConfig(QuantizationConfigMixin):
         return SignedLevels() if signed else UnsignedLevels()
 
     def choose(self, model: PreTrainedModel, built: bool = False) -> dict[nn.Module, str]:
-        """The layers of `model` that are to be binary, with their names; settles `exclude`.
+        """The layers of `model` to make binary, with their names. Stores the default `exclude`, if it is None.
 
-        `built`: the model was binary before it was saved, perhaps under another head. Raises ValueError for a pattern
-        that matches nothing, for a layer that cannot be binary, and if no layer is left.
+        `built`: the checkpoint is already binary, perhaps under another head. Raises ValueError if no layer is left
+        and, unless `built`, for a pattern that matches nothing and for a layer that cannot be binary.
         """
         if self.exclude is None:
             self.exclude = default_exclude(model)
@@ -140,7 +144,7 @@ class BinaryConfig(QuantizationConfigMixin):
             names = [name for names in candidates(model).values() for name in names]
             check_patterns(model, "unsigned", self.unsigned, names, KINDS)
         layers = choose_layers(model, self.include, self.exclude, check=not built)
-        if built and (found := obstacles(model, layers)):  # an older hf_bnn made them binary
+        if built and (found := obstacles(model, layers)):  # made binary by an older hf_bnn
             name, reason = next(iter(found.items()))
             logger.warning(f"{len(found)} layers of this checkpoint should not be binary; {name!r}: {reason}")
         return layers
@@ -148,12 +152,12 @@ class BinaryConfig(QuantizationConfigMixin):
 
 @register_quantizer(NAME)
 class BinaryQuantizer(HfQuantizer):
-    """Makes the linear and conv2d layers of a model binary between its construction and the loading of its weights."""
+    """Makes a model's linear and conv2d layers binary after it is built and before its weights are loaded."""
 
     quantization_config: BinaryConfig
 
     def __init__(self, quantization_config: BinaryConfig, **kwargs: Any):
-        # A copy: what is settled for one model must not reach the next that is loaded with the same config.
+        # A copy: the `exclude` stored for one model must not affect the next one loaded with the same config.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         if not self.pre_quantized and self.quantization_config.weight_format == "packed":
             raise ValueError(
@@ -162,7 +166,7 @@ class BinaryQuantizer(HfQuantizer):
             )
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        if self.pre_quantized:  # the last that a quantizer sees of the config before the model is built
+        if self.pre_quantized:  # a quantizer's last look at the config before the model is built
             check_sizes(config.to_dict())
         return super().update_attn_implementation(config)
 
@@ -173,11 +177,11 @@ class BinaryQuantizer(HfQuantizer):
         if is_binary(model):
             raise ValueError(f"{type(model).__name__} is binary already: leave BinaryConfig out")
         layers = config.choose(model, built=self.pre_quantized)
-        to_binary_(model, layers, config.binarize, lambda name: config.input_levels(name, base), config.weight_scaling)
+        structure = (layers, config.binarize, lambda name: config.input_levels(name, base), config.weight_scaling)
         if self.pre_quantized and config.weight_format == "packed":
-            empty_packed_(model)
+            to_packed_(model, *structure)
         else:
-            install_method(model)
+            install_method(to_binary_(model, *structure))
         self.scalar_levels = self.pre_quantized and has_scalar_levels(None, checkpoint_files)
         if self.scalar_levels:
             set_levels_shape_(model, ())
@@ -216,7 +220,7 @@ class BinaryQuantizer(HfQuantizer):
 
 
 class _PluggedIn(BinaryModelMixin):
-    """What a stock model's class gains: the checks of a binary checkpoint's tensors, and how it is saved."""
+    """Adds a binary checkpoint's checks, and its way of saving, to a stock model's class."""
 
     stock: type[PreTrainedModel]
 
@@ -231,12 +235,12 @@ class _PluggedIn(BinaryModelMixin):
     def mark_tied_weights_as_initialized(self, loading_info) -> None:
         for key, shape in self.__dict__.pop("expected_shapes", {}).items():
             tensor = self.get_parameter_or_buffer(key)
-            if tensor.shape != shape:  # transformers 5.17 takes tensors of any shape where there is a quantizer
+            if tensor.shape != shape:  # with a quantizer, transformers 5.17 accepts any shape
                 loading_info.mismatched_keys.add((key, tensor.shape, shape))
                 _load_parameter_into_model(self, key, torch.empty(shape, dtype=tensor.dtype, device="meta"))
         super().mark_tied_weights_as_initialized(loading_info)
         if self.loaded_format != "float":
-            # As missing ones they are refused as corrupt; as mismatched ones they would be with advice to ignore them.
+            # Missing tensors are refused as corrupt; for mismatched ones transformers advises to ignore them.
             lost = {found for found in loading_info.mismatched_keys if not self.may_lack(found[0])}
             loading_info.mismatched_keys -= lost
             loading_info.missing_keys |= {found[0] for found in lost}
@@ -249,8 +253,8 @@ class _PluggedIn(BinaryModelMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        # Trap: with a quantizer at hand transformers puts the model's own state in the place of the one given, which
-        # FSDP and ZeRO have gathered.
+        # Trap: with a quantizer, transformers replaces the given state dict, which FSDP and ZeRO have gathered, by the
+        # model's own.
         quantizer, self.hf_quantizer = getattr(self, "hf_quantizer", None), None
         try:
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
@@ -263,7 +267,7 @@ class _PluggedIn(BinaryModelMixin):
 
 @cache
 def _plugged_in(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The binary form of a stock class; under the same name, by which transformers knows it."""
+    """The binary form of a stock class, under the same name: transformers identifies classes by name."""
     if issubclass(stock, _PluggedIn):
         return stock
     own = {"__init__": stock.__init__, "from_pretrained": stock.from_pretrained, "stock": stock}
@@ -272,6 +276,6 @@ def _plugged_in(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _blank(stock: type[PreTrainedModel]) -> PreTrainedModel:
-    """An instance that is still to be filled, for copies and pickles."""
+    """An instance without attributes, which copies and pickles then fill."""
     cls = _plugged_in(stock)
     return cls.__new__(cls)

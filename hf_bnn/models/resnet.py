@@ -1,4 +1,4 @@
-"""Binary ResNet: config, recipe (which convolutions are binary, in which blocks) and model classes."""
+"""Binary ResNet: config, blocks and their fused forms, and model classes."""
 
 from typing import Any, ClassVar
 
@@ -12,31 +12,35 @@ from transformers.models.resnet.modeling_resnet import (
     ResNetConvLayer,
     ResNetEmbeddings,
     ResNetShortCut,
+    ResNetStage,
 )
 
 from ..convert import replace_modules
+from ..fused.convolutions import FusedBasicBlock, FusedBottleNeckBlock, FusedStage, FusedStem
+from ..fused.registry import fuses
 from ..nn.activations import RPReLU
 from ..nn.levels import SignedLevels, ThresholdLevels
 from ..observers import transformed
-from .base import BinaryConfigFields, BinaryModelMixin, check_choice
+from .base import BinaryModelMixin
+from .config import BinaryConfigFields, check_choice
 
 STEM, SHORTCUTS, CLASSIFIER = "*embedder.embedder*", "*.shortcut.*", "classifier*"
 BLOCKS = ("bireal", "residual")
 
 
 class BinaryResNetConfig(BinaryConfigFields, ResNetConfig):
-    """The config of a binary ResNet: ResNetConfig's fields, and what is binary.
+    """The config of a binary ResNet: ResNetConfig's fields, and those that say which parts are binary.
 
     - `binarize`: "both", "weights", "activations", or "none" for a float network of the same structure.
     - `stem`: "imagenet" (7 x 7, stride 2, max pooling) or "cifar" (3 x 3, stride 1, no pooling).
-    - `shortcut`, where a block changes its shape: "conv" (1 x 1 convolution, float by default) or "pad" (every other
-      pixel, zeros for new channels: option A of arXiv 1512.03385, without parameters).
+    - `shortcut`: of a block that changes its input's shape, "conv" (1 x 1 convolution, float by default) or "pad"
+      (every other pixel, zeros for new channels, no parameters: option A of arXiv 1512.03385).
     - `block`: "bireal" (a shortcut around every convolution, no ReLU before a sign: Bi-Real Net, arXiv 1808.00278) or
       "residual" (transformers' own). None: "bireal" where inputs are binary, else "residual".
     - `levels`: "signed" ({-1, 1}), "rsign" (a learned threshold per channel, ReActNet) or "elastic".
-    - `block_activation`, after each shortcut of a Bi-Real block: "none" or "rprelu" (ReActNet). Residual blocks
-      keep transformers' ReLU.
-    - `exclude`: shell-style patterns of modules that stay float; None is resolved once and stored.
+    - `block_activation`: after each shortcut of a Bi-Real block, "none" or "rprelu" (ReActNet). Residual blocks keep
+      transformers' ReLU.
+    - `exclude`: shell-style patterns of modules that stay float. None: the default, which is then stored.
 
     >>> BinaryResNetConfig(stem="cifar").exclude
     ['*embedder.embedder*', '*.shortcut.*', 'classifier*']
@@ -61,8 +65,8 @@ class BinaryResNetConfig(BinaryConfigFields, ResNetConfig):
         check_choice("block_activation", self.block_activation, ("none", "rprelu"))
         if self.block == "residual" and self.binary_inputs:
             raise ValueError(
-                f"block='residual' with binarize={self.binarize!r}: every convolution would see what a ReLU puts out, "
-                "whose signs are all the same; use block='bireal'"
+                f"block='residual' with binarize={self.binarize!r}: every convolution would read a ReLU output, "
+                "so every sign would be +1; use block='bireal'"
             )
         if self.block == "bireal" and not self.binary_inputs and self.block_activation == "none":
             raise ValueError(
@@ -74,7 +78,7 @@ class BinaryResNetConfig(BinaryConfigFields, ResNetConfig):
 
     @property
     def binary_inputs(self) -> bool:
-        """Whether convolutions see signs."""
+        """Whether the convolutions' inputs are binary."""
         return self.binarize in ("both", "activations")
 
     @property
@@ -96,9 +100,9 @@ class PadShortCut(nn.Module):
 
 
 class BiRealStem(nn.Module):
-    """transformers' stem without its ReLU, normalized after the pooling: what follows is a sign.
+    """transformers' stem without its ReLU, and with the normalization after the pooling.
 
-    The maximum of nine normalized pixels is hardly ever negative; where the normalization comes last, half of them are.
+    A sign follows. The maximum of nine normalized pixels is rarely negative; normalized after the pooling, half are.
     """
 
     def __init__(self, stem: ResNetEmbeddings):
@@ -111,17 +115,16 @@ class BiRealStem(nn.Module):
             raise ValueError(
                 f"pixel_values has {pixel_values.shape[1]} channels: the config's num_channels is {self.num_channels}"
             )
-        if (
-            pixel_values.is_cpu and not self.training and not transformed()
-        ):  # with its channels last torch pools 18 times as fast
+        # torch pools 18 times as fast with channels last.
+        if pixel_values.is_cpu and not self.training and not transformed():
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return self.embedder.normalization(self.pooler(self.embedder.convolution(pixel_values)))
 
 
 class BiRealLayer(nn.Module):
-    """The base of blocks that have a shortcut around every convolution, and no ReLU where a sign follows.
+    """The base of blocks with a shortcut around every convolution and no ReLU before a sign.
 
-    `(N, in, H, W) -> (N, out, H', W')`. Takes the place of transformers' block, whose parameters and names it keeps.
+    `(N, in, H, W) -> (N, out, H', W')`. Replaces transformers' block and keeps its parameters and their names.
     """
 
     def __init__(self, block: ResNetBasicLayer | ResNetBottleNeckLayer, rprelu: bool):
@@ -132,7 +135,7 @@ class BiRealLayer(nn.Module):
 
     @staticmethod
     def unit(unit: ResNetConvLayer, x: Tensor, shortcut: Tensor) -> Tensor:
-        """One binary convolution of `x`, normalized, and what goes around it."""
+        """One binary convolution of `x`, normalized, plus its shortcut, and the activation of the sum."""
         return unit.activation(unit.normalization(unit.convolution(x)).add_(shortcut))
 
 
@@ -156,9 +159,10 @@ class BiRealBottleNeckLayer(BiRealLayer):
 
 
 def resized(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`x` in the shape of what `conv` makes of it: pixels averaged over its stride, channels in groups, or repeated.
+    """`x` in the output shape of `conv`, without parameters.
 
-    Without parameters. Channels that cannot be divided evenly are averaged over groups that overlap.
+    Pixels are averaged over the stride; channels are averaged in groups or repeated. Where the numbers of channels do
+    not divide evenly, the groups overlap.
     """
     if conv.stride != (1, 1):
         x = F.avg_pool2d(x, conv.stride, ceil_mode=True, count_include_pad=False)
@@ -170,11 +174,33 @@ def resized(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.adaptive_avg_pool1d(x.flatten(2).transpose(1, 2), channels).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+@fuses(BiRealStem)
+class FusedBiRealStem(FusedStem, BiRealStem):
+    """A BiRealStem that pools and normalizes in one call."""
+
+
+@fuses(BiRealBasicLayer)
+class FusedBiRealBasicLayer(FusedBasicBlock, BiRealBasicLayer):
+    """A packed BiRealBasicLayer that runs each convolution and everything behind it as one call."""
+
+
+@fuses(BiRealBottleNeckLayer)
+class FusedBiRealBottleNeckLayer(FusedBottleNeckBlock, BiRealBottleNeckLayer):
+    """A packed BiRealBottleNeckLayer that runs each convolution and everything behind it as one call."""
+
+    resized = staticmethod(resized)
+
+
+@fuses(ResNetStage)
+class FusedResNetStage(FusedStage, ResNetStage):
+    """A stage of fused blocks, each of which hands bits to the next."""
+
+
 BIREAL = {ResNetBasicLayer: BiRealBasicLayer, ResNetBottleNeckLayer: BiRealBottleNeckLayer}
 
 
 class BinaryResNetMixin(BinaryModelMixin):
-    """What makes any ResNet head binary."""
+    """Makes any ResNet head binary."""
 
     config_class = BinaryResNetConfig
     config: BinaryResNetConfig
@@ -183,7 +209,7 @@ class BinaryResNetMixin(BinaryModelMixin):
         replace_modules(self, self.rewritten)
 
     def rewritten(self, name: str, module: nn.Module) -> nn.Module | None:
-        """What takes the place of a module of the float network, None: nothing does."""
+        """The replacement of a module of the float network; None: it stays."""
         config = self.config
         if isinstance(module, ResNetEmbeddings):
             if config.stem == "cifar":
@@ -211,7 +237,7 @@ class BinaryResNetModel(BinaryResNetMixin, ResNetModel):
 class BinaryResNetForImageClassification(BinaryResNetMixin, ResNetForImageClassification):
     """ResNetForImageClassification with binary convolutions.
 
-    `from_pretrained` reads float ResNet checkpoints (their weights become the latent ones), latent and packed ones.
+    `from_pretrained` reads float, latent and packed checkpoints. Float weights become the latent ones.
 
     >>> config = BinaryResNetConfig(stem="cifar", layer_type="basic", hidden_sizes=[16, 32], depths=[1, 1])
     >>> model = BinaryResNetForImageClassification(config)
@@ -219,4 +245,4 @@ class BinaryResNetForImageClassification(BinaryResNetMixin, ResNetForImageClassi
 
 
 class BinaryResNetBackbone(BinaryResNetMixin, ResNetBackbone):
-    """ResNetBackbone with binary convolutions. Its feature maps have no ReLU behind them."""
+    """ResNetBackbone with binary convolutions. No ReLU follows its feature maps."""

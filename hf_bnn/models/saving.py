@@ -1,4 +1,4 @@
-"""How files of a new save take their place beside, or instead of, those of older ones."""
+"""Moves the files of a new save into a folder, beside or in place of those of older saves."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .checkpoint import binary_config_of, read_config, structure_digest
 if TYPE_CHECKING:
     from .base import BinaryModelMixin
 
-STOCK_CARD = "This model card has been automatically generated."  # by transformers, for a repository without one
+STOCK_CARD = "This model card has been automatically generated."  # by transformers, where there is no card
 TAGS = ("binary", "hf_bnn")
 WEIGHT_FILE = re.compile(r".+\.safetensors(\.index(\..+)?\.json)?")
 
 
 def publish(staging: str | os.PathLike, folder: str | os.PathLike, variant: str | None = None) -> None:
-    """Move finished files into place, the config last. Weights of an earlier save that these replace go."""
+    """Move finished files into place, the config last, and delete the weights of an earlier save that they replace."""
     fresh = {path.name for path in Path(staging).iterdir()}
     for path in sorted(Path(staging).iterdir(), key=lambda p: p.name == CONFIG_NAME):
         os.replace(path, Path(folder) / path.name)
@@ -38,20 +38,20 @@ def publish(staging: str | os.PathLike, folder: str | os.PathLike, variant: str 
 
 
 def weight_files(variant: str | None) -> re.Pattern:
-    """The names that the weights of a variant can have, whole or in shards with their index."""
+    """The possible file names of a variant's weights: one file, or shards and their index."""
     dotted = re.escape(f".{variant}" if variant else "")
     return re.compile(rf"model{dotted}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{dotted}\.json")
 
 
 def digests_of_other_variants(folder: Path, staging: Path, variant: str | None) -> dict[str, str]:
-    """The digests that the next config.json in `folder` takes over: of files that stay, and that it describes too."""
+    """The digests to keep in the next config.json of `folder`: those of the files that stay and fit that config."""
     source = read_config(folder) if (folder / CONFIG_NAME).is_file() else None
     if source is None or structure_digest(source) != structure_digest(read_config(staging)):
         return {}
     listed = binary_config_of(source).get("weights_sha256")
     listed = listed if isinstance(listed, dict) else {}
     same, fresh = weight_files(variant), {path.name for path in staging.iterdir()}
-    replaced = any(same.fullmatch(name) for name in fresh)  # not by adapters, which are saved beside the weights
+    replaced = any(same.fullmatch(name) for name in fresh)  # adapters are saved beside the weights and replace none
     return {
         name: digest
         for name, digest in listed.items()
@@ -60,7 +60,7 @@ def digests_of_other_variants(folder: Path, staging: Path, variant: str | None) 
 
 
 def replace_stock_card(model: BinaryModelMixin, folder: Path, repository: str) -> None:
-    """Write the card of a binary model over the empty one that transformers has put into `folder`; none of a user's."""
+    """Replace the empty card that transformers put into `folder` by a binary model's card. Keeps a user's own card."""
     path = folder / "README.md"
     if not path.is_file() or STOCK_CARD not in path.read_text(encoding="utf-8"):
         return
@@ -71,10 +71,10 @@ def replace_stock_card(model: BinaryModelMixin, folder: Path, repository: str) -
 
 
 def undeclared_ties(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """The keys that may be tied in a model of this class, but are not in this one: transformers would leave them out.
+    """The keys that this class may tie and this model does not: transformers would leave them out of the file.
 
-    A BERT with `tie_word_embeddings=False` shares the bias of its output layer after the vocabulary was resized; loaded
-    again it has two of them.
+    Example: a BERT with `tie_word_embeddings=False` whose vocabulary was resized shares its output layer's bias; loaded
+    again, it has two.
     """
     patterns = list(model._tied_weights_keys or ())
     untied = (key for key in state_dict if key not in model.all_tied_weights_keys)

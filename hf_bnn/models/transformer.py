@@ -1,4 +1,4 @@
-"""What binary transformers share: config fields, attention with binary products, the levels behind GELU."""
+"""The base of binary transformers: config fields, attention with binary products, levels for GELU's outputs."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,7 +9,8 @@ from transformers.masking_utils import eager_mask
 
 from ..nn.attention import BinaryAttention, BooleanAttention
 from ..nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
-from .base import BinaryConfigFields, BinaryModelMixin, check_choice
+from .base import BinaryModelMixin
+from .config import BinaryConfigFields, check_choice
 
 ATTENTION = "hf_bnn"
 ATTENTIONS = {"float": None, "binary": BinaryAttention, "boolean": BooleanAttention}
@@ -19,7 +20,7 @@ ATTENTIONS = {"float": None, "binary": BinaryAttention, "boolean": BooleanAttent
 class TransformerConfigFields(BinaryConfigFields):
     """The structure of a binary transformer, as fields of its config."""
 
-    attention: str = "float"  # the two attention products: float | binary | boolean: without softmax
+    attention: str = "float"  # the two attention products: float | binary | boolean (no softmax)
     ffn_levels: str = "elastic"  # of the second FFN layer's input, which follows GELU: elastic | unsigned
 
     def __post_init__(self, **kwargs: Any):
@@ -38,7 +39,7 @@ class TransformerConfigFields(BinaryConfigFields):
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: str | dict[str, str] | None) -> None:
-        if getattr(self, "_attn_implementation_internal", None) == ATTENTION:  # a model has been made of this config
+        if getattr(self, "_attn_implementation_internal", None) == ATTENTION:  # a model was made from this config
             check_implementation(self, value.get("", ATTENTION) if isinstance(value, dict) else value)
         super(TransformerConfigFields, type(self))._attn_implementation.fset(self, value)
 
@@ -55,7 +56,7 @@ def binary_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface around the layer's own `BinaryAttention`."""
     scaling = query.size(-1) ** -0.5 if scaling is None else scaling
-    # As transformers' capture_outputs decides whether to keep them.
+    # The rule by which transformers' capture_outputs decides whether to keep them.
     need_weights = bool(kwargs.get("output_attentions", module.config.output_attentions))
     inputs = (query, key, value, attention_mask, scaling, dropout)
     context, weights = module.binary_attention(*inputs, need_weights=need_weights)
@@ -63,7 +64,7 @@ def binary_attention(
 
 
 def check_implementation(config: TransformerConfigFields, asked: str | None) -> None:
-    """Raise ValueError unless `asked` computes the attention of `config`."""
+    """Raise ValueError unless the attention implementation `asked` computes the attention of `config`."""
     if config.has_binary_attention and asked != ATTENTION:
         raise ValueError(
             f"attn_implementation={asked!r} computes float attention, but this model has attention="
@@ -83,18 +84,18 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)  # without it the padding
 
 
 class BinaryTransformerMixin(BinaryModelMixin):
-    """What makes any transformer binary. The family says of which classes its attention is, and what follows GELU."""
+    """Makes any transformer binary. A family sets its attention classes and says which layers read GELU's outputs."""
 
     attention_classes: ClassVar[tuple[type[nn.Module], ...]]
     config: TransformerConfigFields
 
     @staticmethod
     def follows_gelu(name: str) -> bool:
-        """Whether the layer called `name` is the second of an FFN."""
-        raise NotImplementedError("a binary transformer must say which layers see GELU's outputs")
+        """Whether the layer called `name` reads GELU's outputs: the second of an FFN."""
+        raise NotImplementedError("a binary transformer must say which layers read GELU's outputs")
 
     def prepare_config(self, config: TransformerConfigFields) -> None:
-        if config.has_binary_attention:  # not stored in config.json by transformers
+        if config.has_binary_attention:  # transformers does not store it in config.json
             config._attn_implementation = ATTENTION
 
     def rewrite(self) -> None:
@@ -104,7 +105,7 @@ class BinaryTransformerMixin(BinaryModelMixin):
                     module.binary_attention = ATTENTIONS[self.config.attention]()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
-        """As in transformers, which asks for each model in a model: see `check_implementation`."""
+        """As in transformers, which calls it for each nested model. See `check_implementation`."""
         check_implementation(self.config, requested_attention)
         return super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
 

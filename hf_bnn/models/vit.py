@@ -1,16 +1,19 @@
-"""Binary ViT: config, recipe and model classes. Its weights may come from ViT or DeiT checkpoints."""
+"""Binary ViT: config, fused blocks and model classes. Reads the float weights of ViT and DeiT."""
 
 import re
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_utils import load_state_dict
-from transformers.models.vit.modeling_vit import ViTAttention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
+from transformers.models.vit import modeling_vit
+from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 from transformers.utils import logging
 
+from ..fused.blocks import FusedFeedForward, FusedProjections
+from ..fused.registry import fuses
 from .transformer import BinaryTransformerMixin, TransformerConfigFields
 
 logger = logging.get_logger(__name__)
@@ -19,14 +22,15 @@ EXCLUDE = ("*patch_embeddings*", "*pooler*", "classifier", "decoder*")
 
 
 class BinaryViTConfig(TransformerConfigFields, ViTConfig):
-    """The config of a binary ViT: ViTConfig's fields, and what is binary.
+    """The config of a binary ViT: ViTConfig's fields, and those that say which parts are binary.
 
     - `binarize`: "both", "weights" or "activations".
-    - `attention`: "float", "binary" for the two attention products too (BiT), or "boolean": these without the softmax
-      between them, a token is attended to or not (BiBERT).
-    - `levels`: "elastic" (learned scale and threshold) or "signed" ({-1, 1}); `ffn_levels`, of the second FFN layer's
-      input, which follows GELU: "elastic" ({0, a}, learned) or "unsigned" ({0, 1}).
-    - `exclude`: shell-style patterns of modules that stay float; None is resolved once and stored.
+    - `attention`: the two attention products. "float"; "binary" (BiT); or "boolean" (BiBERT): binary without a softmax,
+      each token is attended to or not.
+    - `levels`: of the binary layers' inputs, "elastic" (learned scale and threshold) or "signed" ({-1, 1}).
+    - `ffn_levels`: of the second FFN layer's input, which follows GELU, "elastic" ({0, a}, a learned) or "unsigned"
+      ({0, 1}).
+    - `exclude`: shell-style patterns of modules that stay float. None: the default, which is then stored.
 
     >>> BinaryViTConfig(image_size=32, patch_size=4).exclude
     ['*patch_embeddings*', '*pooler*', 'classifier', 'decoder*']
@@ -44,7 +48,7 @@ class BinaryViTConfig(TransformerConfigFields, ViTConfig):
 
 
 class BinaryViTMixin(BinaryTransformerMixin):
-    """What makes any ViT head binary."""
+    """Makes any ViT head binary."""
 
     config_class = BinaryViTConfig
     attention_classes = (ViTAttention,)
@@ -64,7 +68,7 @@ class BinaryViTMixin(BinaryTransformerMixin):
 
 
 def without_distillation(deit: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DeiT's weights under the names of ViT's, without what belongs to the distillation token. Warns of the loss."""
+    """DeiT's weights under ViT's names, without those of the distillation token. Logs a warning about the loss."""
     kept = {re.sub(r"^deit\.", "vit.", key): value for key, value in deit.items() if "distillation" not in key}
     kept = {key.replace("cls_classifier", "classifier"): value for key, value in kept.items()}
     for key in [key for key in kept if key.endswith("position_embeddings")]:  # class, distillation, patches
@@ -75,6 +79,35 @@ def without_distillation(deit: dict[str, Tensor]) -> dict[str, Tensor]:
         "DeiT checkpoint; its accuracy is that of the class token alone"
     )
     return kept
+
+
+@fuses(ViTAttention)
+class FusedViTAttention(FusedProjections, ViTAttention):
+    """ViTAttention with one product for queries, keys and values."""
+
+    def projections(self) -> tuple[nn.Module, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.runs_plain(hidden_states):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        implementation, eager = self.config._attn_implementation, modeling_vit.eager_attention_forward
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        context, probabilities = self.attend(hidden_states, attention_mask, self.head_dim, attention, kwargs)
+        return self.o_proj(context), probabilities
+
+
+@fuses(ViTMLP)
+class FusedViTMLP(FusedFeedForward, ViTMLP):
+    """ViTMLP whose hidden values stay bits."""
+
+    def layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.fc1, self.activation_fn, self.fc2
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) if self.runs_plain(hidden_states) else self.call(hidden_states)
 
 
 class BinaryViTModel(BinaryViTMixin, ViTModel):
@@ -88,8 +121,8 @@ class BinaryViTModel(BinaryViTMixin, ViTModel):
 class BinaryViTForImageClassification(BinaryViTMixin, ViTForImageClassification):
     """ViTForImageClassification with binary weights and activations.
 
-    `from_pretrained` reads float ViT and DeiT checkpoints (their weights become the latent ones; of DeiT's, the
-    distillation token is dropped), latent and packed ones.
+    `from_pretrained` reads float, latent and packed checkpoints. Float weights, of ViT or DeiT, become the latent ones;
+    DeiT's distillation token is dropped.
 
     >>> config = BinaryViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     >>> model = BinaryViTForImageClassification(config)
@@ -104,7 +137,7 @@ class BinaryViTForMaskedImageModeling(BinaryViTMixin, ViTForMaskedImageModeling)
     """
 
 
-# transformers renames by class name: it finds the ViTModel within the heads, but not a base model that is ours.
+# transformers looks renamings up by class name: it knows the ViTModel within the heads, but not BinaryViTModel.
 register_checkpoint_conversion_mapping(
     BinaryViTModel.__name__, get_checkpoint_conversion_mapping(ViTModel.__name__), overwrite=True
 )

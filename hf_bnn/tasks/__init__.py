@@ -1,1 +1,1 @@
-"""Training tasks from the command line: text and image classification. They need the extra `scripts`."""
+"""Training tasks for the command line: text and image classification. They need the extra `scripts`."""

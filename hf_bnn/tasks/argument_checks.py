@@ -1,12 +1,12 @@
-"""The mistakes of a day that can be told before anything is loaded. Shared by the training scripts."""
+"""Checks of the arguments that text and image runs share. They find mistakes before anything is loaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..training.arguments import BinaryTrainingArguments
+from .arguments import OutputArguments
 from .commandline import user_errors
 from .errors import UsageError
 
@@ -14,17 +14,14 @@ RESULTS = ("all_results.json", "train_results.json", "eval_results.json")
 OF_A_RUN = ("trainer_state.json", "model.safetensors", "model.safetensors.index.json", *RESULTS)
 
 
-@dataclass
-class OutputArguments:
-    """What becomes of an output_dir that holds another run's results."""
-
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train into an output_dir that holds the results of an earlier run."}
-    )
+def check_doing(training: BinaryTrainingArguments) -> None:
+    """Raise UsageError if the arguments ask for nothing to be done."""
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
 
 
 def check_kind_of_training(model: Any, training: BinaryTrainingArguments, *structure: str) -> None:
-    """Raise UsageError for arguments of a binary model (`structure`) or a teacher where there is none."""
+    """Raise UsageError for arguments of a binary model (`structure`) or of a teacher if the run has none."""
     if model.binarize == "none":
         for name in (*structure, "teacher_model_name_or_path"):
             if getattr(model, name) is not None:
@@ -37,7 +34,7 @@ def check_kind_of_training(model: Any, training: BinaryTrainingArguments, *struc
 
 
 def check_limits(data: Any, *names: str) -> None:
-    """Raise UsageError for limits, which may be None, that leave nothing."""
+    """Raise UsageError for a limit below 1. None is no limit."""
     for name in names:
         value = getattr(data, name)
         if value is not None and value < 1:
@@ -45,7 +42,7 @@ def check_limits(data: Any, *names: str) -> None:
 
 
 def check_output_dir(training: BinaryTrainingArguments, output: OutputArguments) -> None:
-    """Raise UsageError if training would put one run's results over another's; if asked to, remove the old figures."""
+    """Raise UsageError if training would overwrite another run's results. If that is allowed, delete its figures."""
     asked = training.resume_from_checkpoint
     if not training.do_train or (asked is not None and asked.lower() != "false"):
         return

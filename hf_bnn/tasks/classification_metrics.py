@@ -1,4 +1,4 @@
-"""How good a classifier is: of all rows, and of each class, which the accuracy of an unbalanced set hides."""
+"""Metrics of a classifier over all rows and per class. Accuracy alone hides small classes of an unbalanced set."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Table = dict[str, dict[str, float]]  # by class, then by column
 
 
 def first(logits: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
-    """The logits among a model's outputs, `(n, outputs)`."""
+    """The logits in a model's outputs, `(n, outputs)`."""
     return logits[0] if isinstance(logits, tuple) else logits
 
 
 def predicted(logits: np.ndarray, labels: Labels) -> np.ndarray:
-    """Classes `(n,)`; numbers `(n,)` of a regression; where several labels may hold 1 or 0 of each, `(n, classes)`."""
+    """Predicted classes `(n,)`; for a regression numbers `(n,)`; for several labels per row, 1 or 0 `(n, classes)`."""
     if labels.regression:
         return logits[:, 0]
     return (logits > 0).astype(int) if labels.multi_label else logits.argmax(1)
 
 
 def probabilities(logits: np.ndarray, labels: Labels) -> np.ndarray:
-    """Of each class, `(n, classes)`: a softmax, or where several labels may hold a sigmoid."""
+    """The probability of each class, `(n, classes)`: a softmax, or a sigmoid if several labels may apply to a row."""
     logits = logits.astype(np.float64)
     if labels.multi_label:
         return 1 / (1 + np.exp(-logits.clip(-700, 700)))
@@ -37,15 +37,15 @@ def probabilities(logits: np.ndarray, labels: Labels) -> np.ndarray:
 
 
 class ClassificationMetrics:
-    """Accuracy (of whole rows) and the mean F1 of the classes; then `table` has the figures of each class."""
+    """Accuracy (of whole rows) and the mean F1 of the classes. A call fills `table` with the figures of each class."""
 
     def __init__(self, labels: Labels, logger: logging.Logger):
         self.labels, self.logger = labels, logger
         self.table: Table = {}
 
     def __call__(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        """The scores of what is `predicted`, against classes or 1 and 0 of each."""
-        from sklearn.metrics import f1_score, precision_recall_fscore_support  # predictions alone do without it
+        """The scores of the output of `predicted`. `references` has the same form."""
+        from sklearn.metrics import f1_score, precision_recall_fscore_support  # prediction alone does not need it
 
         names, references = self.labels.names, references.astype(int)
         if self.labels.multi_label:
@@ -65,7 +65,7 @@ class ClassificationMetrics:
         return {"accuracy": float(right.mean()), **more, "macro_f1": float(np.mean(found))}
 
     def warn_of_one_class(self, predictions: np.ndarray, references: np.ndarray) -> None:
-        """Say so if every row is taken for the same class, but is not."""
+        """Warn if the model predicts one class for every row although the rows have several."""
         if len(predictions) > 1 and len(set(predictions.tolist())) == 1 and len(set(references.tolist())) > 1:
             share = (references == predictions[0]).mean()
             self.logger.warning(
@@ -75,7 +75,7 @@ class ClassificationMetrics:
             )
 
     def log_table(self) -> None:
-        """Write the figures of each class to the log."""
+        """Log the figures of each class."""
         width = max(map(len, self.table), default=0)
         lines = [f"{'':{width}}  {'  '.join(f'{column:>9}' for column in COLUMNS)}"]
         for name, row in list(self.table.items())[:CLASSES_IN_LOG]:
@@ -87,7 +87,7 @@ class ClassificationMetrics:
 
 
 def save_evaluation(trainer: Trainer, metrics: dict[str, float], tables: dict[str, Table]) -> None:
-    """Write eval_results.json, with the figures of each class by their keys, and all_results.json without them."""
+    """Write eval_results.json, which includes the figures of each class, and all_results.json, which does not."""
     trainer.save_metrics("eval", metrics)
     if tables:
         trainer.save_metrics("eval", {**metrics, **tables}, combined=False)

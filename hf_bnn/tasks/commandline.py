@@ -1,4 +1,4 @@
-"""What the training scripts share: the command line, errors that the user can set right, logging, resuming."""
+"""Parsing, error handling, logging and resuming, shared by the training scripts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import datasets
 import transformers
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, PreTrainedConfig
+from transformers import HfArgumentParser, PreTrainedConfig, set_seed
 
 from ..integrity import CorruptCheckpointError
+from ..training.allocator import keep_freed_memory
 from ..training.arguments import BinaryTrainingArguments
 from ..training.checkpoints import chosen_checkpoint
 from .errors import UsageError, exit_code
@@ -25,9 +26,9 @@ from .errors import UsageError, exit_code
 
 @contextmanager
 def user_errors(name: str | None = None) -> Iterator[None]:
-    """What the libraries say about the user's arguments and files, on one line, as an UsageError.
+    """Turn the libraries' errors about the user's arguments and files into a UsageError of one line.
 
-    `name`: what is being opened; it stands before the error where that cannot be found.
+    `name`: the model or dataset that is being opened. It precedes the message of an OSError.
     """
     try:
         yield
@@ -40,21 +41,21 @@ def user_errors(name: str | None = None) -> Iterator[None]:
 
 
 class Parser(HfArgumentParser):
-    """One kind of error for all that is wrong with the command line, which may begin with a json file."""
+    """A parser that raises UsageError for every mistake. The command line may begin with a json file of arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for action in self._actions:
             if action.dest == "output_dir":
-                action.required = True  # Trainer's default would put one run over the other
+                action.required = True  # with Trainer's default, one run would overwrite another
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
     def parse(self, command_line: list[str] | None) -> tuple[Any, ...]:
-        """The dataclasses, from the command line's arguments (None: this process's).
+        """The dataclasses, filled from the command line (None: this process's).
 
-        The first may be a json file of arguments; those that follow override it.
+        The first argument may be a json file of arguments. Arguments after it override it.
         """
         command_line = sys.argv[1:] if command_line is None else command_line
         with user_errors():
@@ -64,7 +65,7 @@ class Parser(HfArgumentParser):
             return self.parse_args_into_dataclasses(command_line, look_for_args_file=False)
 
     def take_defaults(self, path: str) -> None:
-        """Make what a json file says the defaults. Raises UsageError for a file that is no dictionary of arguments."""
+        """Use the values in a json file as defaults. Raises UsageError if it is not a dictionary of arguments."""
         try:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -86,7 +87,7 @@ class Parser(HfArgumentParser):
 
 
 def set_up_logging(training: BinaryTrainingArguments, logger: logging.Logger) -> None:
-    """One format and level for the script, datasets and transformers."""
+    """Use one format and level for the script, datasets and transformers."""
     logging.basicConfig(
         format="%(asctime)s - %(levelname)s - %(name)s - %(message)s",
         datefmt="%m/%d/%Y %H:%M:%S",
@@ -106,14 +107,22 @@ def set_up_logging(training: BinaryTrainingArguments, logger: logging.Logger) ->
     logger.debug(f"Training/evaluation parameters {training}")
 
 
+def set_up_process(training: BinaryTrainingArguments, logger: logging.Logger) -> None:
+    """Set up logging, the C allocator (on a CPU) and the seed, for the whole process."""
+    set_up_logging(training, logger)
+    if training.device.type == "cpu":
+        keep_freed_memory()
+    set_seed(training.seed)
+
+
 def checkpoint_to_resume(training: BinaryTrainingArguments) -> str | None:
-    """The folder that Trainer.train goes on from, or None to start anew."""
+    """The checkpoint folder from which training resumes, or None to start from the beginning."""
     with user_errors():
         return chosen_checkpoint(training.resume_from_checkpoint, training.output_dir)
 
 
 def check_packed_structure(name: str, structure: dict[str, Any], stored: PreTrainedConfig) -> None:
-    """Raise UsageError if a packed checkpoint is asked to be otherwise than it is. Latent ones can be changed."""
+    """Raise UsageError if the arguments would change a packed checkpoint. Latent checkpoints can be changed."""
     record = getattr(stored, "quantization_config", None) or stored
     found = record if isinstance(record, dict) else record.to_dict()
     if found.get("weight_format") != "packed":
@@ -126,8 +135,8 @@ def check_packed_structure(name: str, structure: dict[str, Any], stored: PreTrai
             )
 
 
-def run(main: Callable[[], object]) -> None:
-    """Run a script's `main`; what the user can set right ends it with one line and exit code 2, bad files with 1."""
+def exit_after(main: Callable[[], object]) -> None:
+    """Call a script's `main`. An error that the user can correct exits with code 2, a damaged file with 1."""
     try:
         main()
     except Exception as error:

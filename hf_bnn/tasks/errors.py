@@ -1,4 +1,4 @@
-"""The one kind of error that a user can set right, and what is said of it. Needs nothing that takes time to import."""
+"""The error type for mistakes that the user can correct, and how it is printed. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 
 class UsageError(ValueError):
-    """The user asked for what cannot be. The text names the value and the way out."""
+    """The user asked for something impossible. The message names the wrong value and what to do instead."""
 
 
 def exit_code(error: Exception, name: str) -> int | None:
     """Print one line about an error to stderr, after the program's `name`.
 
     Returns:
-        2 for what the user can set right, 1 for bad files and training that diverged. None for any other error, of
-        which nothing is printed: it is a fault of the program.
+        2 for an error that the user can correct, 1 for a damaged file or training that diverged. None for any other
+        error: it is a bug, and nothing is printed.
     """
     from ..integrity import CorruptCheckpointError
     from ..training.checked_trainer import NonFiniteTrainingError
 
     if isinstance(error, UsageError):
-        # From a worker of a DataLoader it comes with a traceback before it.
+        # An error from a DataLoader's worker starts with that worker's traceback.
         text = str(error).strip().splitlines()[-1].rpartition(f"{UsageError.__name__}: ")[2]
         print(f"{name}: error: {text}", file=sys.stderr)
         return 2
@@ -32,5 +32,5 @@ def exit_code(error: Exception, name: str) -> int | None:
 
 
 def shown(values: list[Any]) -> str:
-    """The first of many values."""
+    """The first ten values, separated by commas."""
     return ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")

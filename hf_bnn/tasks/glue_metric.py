@@ -13,17 +13,17 @@ Scores = dict[str, float]
 
 
 def accuracy(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    """The share of equal labels."""
+    """The fraction of correct labels."""
     return {"accuracy": float(accuracy_score(references, predictions))}
 
 
 def accuracy_and_f1(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    """The share of equal labels, and the F1 score of label 1."""
+    """The fraction of correct labels, and the F1 score of label 1."""
     return {**accuracy(predictions, references), "f1": float(f1_score(references, predictions))}
 
 
 def correlations(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    """Pearson's and Spearman's correlation; NaN, with a warning of scipy's, where one side is constant."""
+    """Pearson's and Spearman's correlation. If one side is constant: NaN, with a warning from scipy."""
     return {
         "pearson": float(pearsonr(predictions, references)[0]),
         "spearmanr": float(spearmanr(predictions, references)[0]),
@@ -31,7 +31,7 @@ def correlations(predictions: np.ndarray, references: np.ndarray) -> Scores:
 
 
 def matthews(predictions: np.ndarray, references: np.ndarray) -> Scores:
-    """Matthews' correlation coefficient; 0 where one side is constant."""
+    """Matthews' correlation coefficient. If one side is constant: 0."""
     return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
 
 
@@ -53,10 +53,10 @@ GLUE_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], Scores]] = {
 
 
 class GlueMetric(evaluate.Metric):
-    """`evaluate.load("glue", task)` without its download: the same keys, computed by scikit-learn and scipy.
+    """`evaluate.load("glue", task)` without the download: the same keys, computed by scikit-learn and scipy.
 
-    Everything is kept in memory, so that processes never wait for each other's lock files: each of several processes
-    scores what it was given. Give it gathered predictions, as `Trainer` does. Raises ValueError for an unknown task.
+    Predictions are kept in memory, so processes do not wait for each other's lock files. Each process scores the rows
+    that it receives: pass gathered predictions, as `Trainer` does. Raises ValueError for an unknown task.
 
     >>> GlueMetric("mrpc").compute(predictions=[1, 0, 1, 1], references=[1, 0, 0, 1])
     {'accuracy': 0.75, 'f1': 0.8}

@@ -1,4 +1,4 @@
-"""What a label column means to a classifier: which value is which of the model's classes."""
+"""Maps the values of a label column to the classes of a model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Labels:
-    """What the label column holds, and the model's class for each value."""
+    """The labels of a dataset, and the model's class for each of their values."""
 
     names: list[str]  # by the model's class; empty for a regression
     classes: dict[Any, int]  # by value in the data
     regression: bool = False
-    multi_label: bool = False  # several labels of a row may hold
+    multi_label: bool = False  # several labels may apply to a row
 
     @property
     def count(self) -> int:
@@ -31,23 +31,23 @@ class Labels:
 
     @property
     def problem_type(self) -> str:
-        """What transformers' configs call it."""
+        """The name in transformers' configs."""
         if self.regression:
             return "regression"
         return "multi_label_classification" if self.multi_label else "single_label_classification"
 
     @cached_property
     def by_text(self) -> dict[str, int]:
-        """The classes by their labels, written as text: one file may have numbers, and another the same as strings."""
+        """Classes by label text. One file may hold numbers where another holds the same numbers as strings."""
         return {str(value): index for value, index in self.classes.items()}
 
     def class_of(self, value: Any) -> int | None:
-        """The class of a label; None if it is none of the labels."""
+        """The class of a label; None for an unknown label."""
         found = self.classes.get(value)
         return self.by_text.get(str(value)) if found is None else found
 
     def target(self, value: Any) -> float | int | list[float]:
-        """What the loss takes for a label: a number, a class, or for several labels 1 or 0 of each class."""
+        """The loss's target for a label: a number, a class, or for several labels a 1 or 0 per class."""
         if self.regression:
             return float(value)
         if not self.multi_label:
@@ -57,13 +57,13 @@ class Labels:
 
 
 def names_of(config: PreTrainedConfig) -> list[str] | None:
-    """The names that a classifier gives to its classes, by class; None if it has only LABEL_0, LABEL_1, ..."""
+    """The names of a classifier's classes, in order; None if they are only LABEL_0, LABEL_1, ..."""
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
     return None if names == [f"LABEL_{index}" for index in range(len(names))] else names
 
 
 def labels_of_model(config: PreTrainedConfig, dtype: str) -> Labels:
-    """The labels of a trained classifier, as the values of a column of this type."""
+    """The labels of a trained classifier, as values of a column of this type."""
     names = names_of(config) or [f"LABEL_{index}" for index in range(config.num_labels)]
     if "string" in dtype:
         return Labels(names, {name: index for index, name in enumerate(names)})
@@ -73,7 +73,7 @@ def labels_of_model(config: PreTrainedConfig, dtype: str) -> Labels:
 
 
 def as_model_has_them(labels: Labels, config: PreTrainedConfig, model: str) -> Labels:
-    """The labels in the order of the classes of a trained classifier. Raises UsageError if their numbers differ."""
+    """The labels in the order of a trained classifier's classes. Raises UsageError if their counts differ."""
     if labels.count != config.num_labels:
         what = "numbers (a regression)" if labels.regression else f"{labels.count} labels ({shown(labels.names)})"
         raise UsageError(
@@ -96,7 +96,7 @@ def as_model_has_them(labels: Labels, config: PreTrainedConfig, model: str) -> L
 
 
 def set_labels(config: PreTrainedConfig, labels: Labels) -> None:
-    """Give a config as many outputs as there are labels, and their names."""
+    """Set the number and the names of a config's outputs, in place."""
     config.num_labels = labels.count
     config.problem_type = labels.problem_type
     if labels.names:
@@ -105,7 +105,7 @@ def set_labels(config: PreTrainedConfig, labels: Labels) -> None:
 
 
 def check_label_values(labels: Labels, split: str, values: list[Any]) -> None:
-    """Raise UsageError for the first row whose label is none of the labels."""
+    """Raise UsageError for the first row with an unknown label."""
     known = labels.classes
     unknown = [] if labels.regression else [row for row, value in enumerate(values) if value not in known]
     if unknown:
@@ -116,7 +116,7 @@ def check_label_values(labels: Labels, split: str, values: list[Any]) -> None:
 
 
 def check_has_labels(name: str, where: str, columns: Iterable[str]) -> None:
-    """Raise UsageError unless a column has this name."""
+    """Raise UsageError unless there is a column of this name."""
     if name not in columns:
         raise UsageError(
             f"{where} has no column {name!r}; columns: {', '.join(columns)}: name the one with the labels in "
@@ -125,7 +125,7 @@ def check_has_labels(name: str, where: str, columns: Iterable[str]) -> None:
 
 
 def check_label_column(name: str, split: str, found: Any, kinds: tuple[str, ...], expected: str) -> None:
-    """Raise UsageError unless the split has a column of this name, of one of these types."""
+    """Raise UsageError unless the split has a column of this name and of one of these types."""
     check_has_labels(name, f"the {split} data", found.features)
     kind = getattr(found.features[name], "dtype", None)
     if kind is None or not kind.startswith(kinds):
@@ -140,7 +140,7 @@ def check_no_label_is_empty(name: str, split: str, values: list[Any]) -> None:
 
 
 def check_same_order(what: str, teacher: PreTrainedConfig, student: PreTrainedConfig) -> None:
-    """Raise UsageError if a teacher, called `what`, has the student's labels in another number or order."""
+    """Raise UsageError if a teacher (called `what`) has a different number or order of labels than the student."""
     if teacher.num_labels != student.num_labels:
         raise UsageError(f"{what} has {teacher.num_labels} labels, the data has {student.num_labels}: they must agree")
     own, theirs = names_of(student), names_of(teacher)

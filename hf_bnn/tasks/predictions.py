@@ -1,4 +1,4 @@
-"""The table of predictions that --do_predict writes."""
+"""The table of predictions that `--do_predict` writes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transformers import Trainer
 from .classification_metrics import first, predicted, probabilities
 from .labels import Labels
 
-SCORED_CLASSES = 20  # up to so many classes have a column for their probability
+SCORED_CLASSES = 20  # with more classes, the table has no columns for their probabilities
 
 
 def predict_in_order(trainer: Trainer, dataset: Any) -> np.ndarray:
     """The logits of a dataset, `(n, outputs)`, in the order of its rows."""
     strategy = trainer.args.train_sampling_strategy
-    trainer.args.train_sampling_strategy = "random"  # "group_by_length" would sort the rows for predictions too
+    trainer.args.train_sampling_strategy = "random"  # "group_by_length" would sort the rows of predictions too
     try:
         return first(trainer.predict(dataset, metric_key_prefix="predict").predictions)
     finally:
@@ -29,10 +29,10 @@ def predict_in_order(trainer: Trainer, dataset: Any) -> np.ndarray:
 def prediction_columns(
     logits: np.ndarray, labels: Labels, inputs: dict[str, Iterable[Any]]
 ) -> dict[str, Iterable[Any]]:
-    """The table of predictions, by column; `inputs` are the columns that say what it is about.
+    """The table of predictions, by column. `inputs`: the columns that identify each row.
 
-    Columns: `index` if it is among the inputs; `prediction`; for classes `score`, the probability of the predicted one,
-    and that of each; then the other inputs.
+    Order: `index`, if `inputs` has it; `prediction`; for classes `score` (the probability of the prediction) and the
+    probability of each class; then the remaining inputs.
     """
     inputs, values = dict(inputs), predicted(logits, labels)
     columns: dict[str, Iterable[Any]] = {"index": inputs.pop("index")} if "index" in inputs else {}
@@ -49,20 +49,20 @@ def prediction_columns(
 
 
 def write_columns(file: TextIO, columns: dict[str, Iterable[Any]]) -> None:
-    """Write a tsv. Fields with tabs, quotes or line ends are quoted as in a csv."""
+    """Write a tsv file. Fields with tabs, quotes or line breaks are quoted as in a csv file."""
     writer = csv.writer(file, delimiter="\t", lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
 
 
 def write_predictions(path: Path, logits: np.ndarray, labels: Labels, inputs: dict[str, Iterable[Any]]) -> None:
-    """Write a tsv with a row for each prediction: see `prediction_columns`."""
+    """Write the columns of `prediction_columns` as a tsv file with a row for each prediction."""
     with path.open("w", encoding="utf-8", newline="") as file:
         write_columns(file, prediction_columns(logits, labels, inputs))
 
 
 def said(value: Any, labels: Labels) -> str:
-    """The name of a class, or the names of those that hold."""
+    """The name of the predicted class, or the names of all classes that apply."""
     if labels.multi_label:
         return ",".join(name for name, holds in zip(labels.names, value, strict=True) if holds)
     return labels.names[value]

@@ -1,4 +1,4 @@
-"""Training of binary models. What a loop of your own needs is imported here, and needs torch only."""
+"""Training of binary models. The names exported here serve training loops of your own, and need torch only."""
 
 from ..install import load_method_state, method_state, method_state_names, parts
 from .loop import (

@@ -1,4 +1,4 @@
-"""The C allocator's settings, which decide what training on a CPU costs."""
+"""Settings of the C allocator, which affect the speed of training on a CPU."""
 
 import ctypes
 import sys
@@ -7,11 +7,11 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep large freed blocks for the next allocation, for the whole process. False where it is not glibc.
+    """Make glibc keep large freed blocks for the next allocation, for the whole process. Returns False without glibc.
 
-    By default every activation of more than some hundred kilobytes is mapped, zeroed page by page and unmapped again;
-    a training step on a CPU then spends a fifth of its time in the kernel. The price: memory, once used, is not given
-    back before the process ends.
+    By default every activation above a few hundred kilobytes is mapped, zeroed page by page and unmapped again. A
+    training step on a CPU then spends a fifth of its time in the kernel. The price: memory that was used once is not
+    returned to the system before the process ends.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""Mistakes in a training run's arguments and data, said before anything is computed."""
+"""Checks of a training run's arguments and data, made before anything is computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..nn.layers import binary_layers
 
 logger = logging.getLogger(__name__)
 
-AT_LEAST = {  # the smallest value that makes sense, and what to do instead of going below it
+AT_LEAST = {  # the smallest valid value, and advice for those who tried a smaller one
     "per_device_train_batch_size": (1, "where memory is short, raise gradient_accumulation_steps"),
     "per_device_eval_batch_size": (1, "it changes the speed only"),
     "gradient_accumulation_steps": (1, "1 makes a step of every batch"),
@@ -29,7 +29,7 @@ SLOW_RATE = 1e-4
 
 
 def check_numbers(args: Any) -> None:
-    """Raise ValueError for training arguments that no run can have. Fields that are not given yet pass."""
+    """Raise ValueError for training arguments that no run can have. Fields that are not set yet pass."""
     if args.output_dir is None:
         raise ValueError(
             "output_dir is missing: name the folder for the checkpoints and the trained model, --output_dir FOLDER"
@@ -45,15 +45,15 @@ def check_numbers(args: Any) -> None:
 
 
 def refuse_empty(dataset: object, name: str) -> None:
-    """Raise ValueError for a data set of known length without a row."""
+    """Raise ValueError for a dataset of known length that has no row."""
     for part, found in dataset.items() if isinstance(dataset, dict) else ((None, dataset),):
         if isinstance(found, Sized) and not isinstance(found, str) and len(found) == 0:
             where = name if part is None else f"{name}[{part!r}]"
-            raise ValueError(f"{where} is empty: expected at least one row; look at what its rows were filtered by")
+            raise ValueError(f"{where} is empty: expected at least one row; check how its rows were filtered")
 
 
 def warn_of_recipe(model: nn.Module, learning_rate: float, has_teacher: bool) -> None:
-    """Say, once in a process each, what usually costs a binary model most of its accuracy."""
+    """Warn, once per process, of the two settings that usually cost a binary model most of its accuracy."""
     if not any(layer.binary_weight and layer.weight.requires_grad for layer in binary_layers(model)):
         return
     if 0 < learning_rate <= SLOW_RATE:
@@ -65,8 +65,8 @@ def warn_of_recipe(model: nn.Module, learning_rate: float, has_teacher: bool) ->
 @cache
 def _warn_of_rate(learning_rate: float) -> None:
     logger.warning(
-        f"learning_rate={learning_rate} suits float models: at it the latent weights of a binary one hardly change "
-        "their signs. 1e-3 is a good first choice"
+        f"learning_rate={learning_rate} suits float models. The latent weights of a binary model hardly change "
+        "their signs at this rate. 1e-3 is a good first choice"
     )
 
 

@@ -1,4 +1,4 @@
-"""TrainingArguments of a binary model."""
+"""TrainingArguments for a binary model."""
 
 from __future__ import annotations
 
@@ -13,40 +13,38 @@ from .taught_trainer import DISTILLATION_WEIGHTS
 
 @dataclass
 class BinaryTrainingArguments(TrainingArguments):
-    """TrainingArguments, and how the binary layers are trained."""
+    """TrainingArguments, with the settings of the training method and of distillation."""
 
     method: str = field(
         default="ste",
-        metadata={"help": "The training method: a name of hf_bnn.METHODS, a sum (stompp+surge) or your module:Class."},
+        metadata={"help": "A name in hf_bnn.METHODS, several joined by + (stompp+surge), or your module:Class."},
     )
-    method_args: str | None = field(
-        default=None, metadata={"help": 'The method\'s own arguments: "eta=0.1,aux=shared".'}
-    )
+    method_args: str | None = field(default=None, metadata={"help": 'Arguments of the method: "eta=0.1,aux=shared".'})
     aux_learning_rate_multiplier: float = field(
-        default=1.0, metadata={"help": "Learning rate of the method's own parameters over --learning_rate."}
+        default=1.0, metadata={"help": "Multiplies the learning rate of the method's own parameters."}
     )
     levels_learning_rate_multiplier: float = field(
-        default=1.0, metadata={"help": "Learning rate of learned scales and thresholds over --learning_rate."}
+        default=1.0, metadata={"help": "Multiplies the learning rate of learned scales and thresholds."}
     )
-    calibrate_levels: bool = field(
-        default=True, metadata={"help": "Fit levels that were never trained to the first batch."}
-    )
+    calibrate_levels: bool = field(default=True, metadata={"help": "Fit untrained levels to the first batch."})
     distillation_labels_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the labels' loss when there is a teacher."}
+        default=0.0, metadata={"help": "With a teacher: weight of the loss on the labels."}
     )
     distillation_logits_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of the predictions' loss: T^2 KL(teacher || student); of values the MSE."},
+        metadata={"help": "Weight of the loss on predictions: T^2 KL(teacher || student); for a regression the MSE."},
     )
     distillation_hidden_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the hidden states' MSE over the teacher's variance."}
+        default=1.0,
+        metadata={"help": "Weight of the loss on hidden states: the MSE divided by the teacher's variance."},
     )
-    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature T of the predictions' loss."})
+    distillation_temperature: float = field(default=1.0, metadata={"help": "Temperature T of the loss on predictions."})
     teacher_cache_gb: float = field(
-        default=0.0, metadata={"help": "Memory for the teacher's outputs, so that it runs once per example. 0: none."}
+        default=0.0,
+        metadata={"help": "Memory for caching the teacher's outputs, so that it runs once per example. 0: no cache."},
     )
     save_packed: bool = field(
-        default=True, metadata={"help": "Write the final model, and what is pushed, as bits (checkpoints stay latent)."}
+        default=True, metadata={"help": "Pack the final model and the pushed one to bits (checkpoints stay latent)."}
     )
 
     allow_unfinished: bool = field(
@@ -54,12 +52,12 @@ class BinaryTrainingArguments(TrainingArguments):
     )
     eval_partial: bool = field(
         default=False,
-        metadata={"help": "Evaluate also as StoMPP has left the model in training: metrics named eval_partial_..."},
+        metadata={"help": "Also evaluate the partly binary model of StoMPP's training, as metrics eval_partial_..."},
     )
 
     sync_batchnorm: bool = field(
         default=False,
-        metadata={"help": "Normalize batches over the rows of all processes, not over those of each one."},
+        metadata={"help": "Compute batch normalization over the rows of all processes, not of each one separately."},
     )
 
     def __post_init__(self) -> None:
@@ -68,7 +66,7 @@ class BinaryTrainingArguments(TrainingArguments):
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError for a value that no binary model can be trained with."""
+        """Raise ValueError for a setting with which a binary model cannot be trained."""
         make_method(self.method, self.method_args)  # raises for an unknown name or argument
         for name in ("aux_learning_rate_multiplier", "levels_learning_rate_multiplier", "distillation_temperature"):
             if not getattr(self, name) > 0:
@@ -84,7 +82,7 @@ class BinaryTrainingArguments(TrainingArguments):
                 )
 
     def check_teacher_is_named(self, name: str) -> None:
-        """Raise ValueError if something is said of distillation: there is no teacher, which `name` would give."""
+        """Raise ValueError if a distillation argument is set without a teacher. `name`: the argument that gives one."""
         told = [f for f in fields(self) if f.name.startswith("distillation_") or f.name == "teacher_cache_gb"]
         for own in told:
             if getattr(self, own.name) != own.default:

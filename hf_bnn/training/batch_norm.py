@@ -1,4 +1,4 @@
-"""Batch normalization on several ranks: statistics over all their rows, or those of the first rank for everybody."""
+"""Batch normalization on several ranks: over the rows of all ranks, or with the first rank's statistics for all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum of each rank's tensor, on all of them; so is the gradient, as each rank's loss depends on every term."""
+    """The sum of the ranks' tensors, on every rank. Gradients are summed too: every rank's loss has all terms."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -24,10 +24,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class _OverAllRanks:
-    """Comes before a batch normalization, whose mean and variance in training become those of all ranks' rows.
+    """A mixin for a batch normalization: in training, mean and variance are those of the rows of all ranks.
 
-    As torch's SyncBatchNorm, which needs a GPU; two sums over the ranks in the forward, two in the backward pass.
-    Keys, and what evaluation computes, stay as they are.
+    Like torch's SyncBatchNorm, which needs a GPU. It takes two sums over the ranks in the forward pass and two in the
+    backward pass. State dict keys and evaluation do not change.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,15 +79,15 @@ PLAIN = {over: plain for plain, over in OVER_RANKS.items()}
 
 
 def sync_batch_norm_(model: nn.Module) -> int:
-    """Let every batch normalization go over the rows of all ranks, in place; return how many there are.
+    """Make every batch normalization use the rows of all ranks, in place. Returns their number.
 
-    Only their class changes: parameters, buffers and keys stay. Undone by `plain_batch_norm_`.
+    Only their classes change; parameters, buffers and keys stay. `plain_batch_norm_` undoes it.
     """
     return _change_class(model, OVER_RANKS)
 
 
 def plain_batch_norm_(model: nn.Module) -> int:
-    """Undo `sync_batch_norm_`, in place; return how many there were."""
+    """Undo `sync_batch_norm_`, in place. Returns the number of layers that changed."""
     return _change_class(model, PLAIN)
 
 
@@ -100,9 +100,9 @@ def _change_class(model: nn.Module, classes: dict[type, type]) -> int:
 
 @torch.no_grad()
 def share_statistics_(model: nn.Module) -> None:
-    """Give every rank the running statistics of the first, which are the ones that are saved, in place.
+    """Copy the first rank's running statistics, which are the saved ones, to every rank, in place.
 
-    Without it each rank evaluates with its own. Not their mean: how often a model is evaluated would change it.
+    Otherwise each rank would evaluate with its own. Their mean would be no solution: every evaluation would change it.
     """
     if not _several_ranks():
         return

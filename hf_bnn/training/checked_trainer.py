@@ -1,4 +1,4 @@
-"""A Trainer that stops at the first NaN, and says at once what cannot work."""
+"""A Trainer that stops at the first NaN, and refuses at once what cannot work."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from .resumable_trainer import ResumableTrainer
 
 logger = logging.get_logger(__name__)
 
-# Scales, shifts and slopes: to pull them to 0 would change what the network computes, not make it simpler.
+# Scales, shifts and slopes: pulling them to 0 would change the function of the network, not simplify it.
 NO_DECAY = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RPReLU)
 
 
 class NonFiniteTrainingError(FloatingPointError):
-    """The loss, a gradient or a weight became NaN or infinite. Nothing was stepped or saved after that."""
+    """The loss, a gradient or a weight became NaN or infinite. No step was made and nothing was saved after that."""
 
 
 class CheckedTrainer(ResumableTrainer):
-    """Trainer, for any model, with checkpoints that are whole (ResumableTrainer). A loss, gradient or weight that is
-    not finite stops the run with the name of the layer where it began. What would have no effect, an empty data set,
-    or FSDP on a CPU, is refused. All ranks evaluate with the statistics of batch normalization that are saved.
+    """Trainer for any model. It stops at the first loss, gradient or weight that is not finite, and names its layer.
+
+    It refuses an empty dataset, and arguments without effect, such as FSDP on a CPU. All ranks evaluate with the batch
+    normalization statistics that are saved. Checkpoints are those of ResumableTrainer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -44,7 +45,7 @@ class CheckedTrainer(ResumableTrainer):
                 "the whole model, as under DistributedDataParallel. Leave it out, or train on GPUs"
             )
         if self.accelerator.mixed_precision == "fp16" and self.args.device.type == "cpu":
-            logger.warning("fp16 has no effect on a CPU: the model is trained in float32. bf16=True has one")
+            logger.warning("fp16 has no effect on a CPU: the model is trained in float32. bf16=True has an effect")
 
     def train(self, *args: Any, **kwargs: Any):
         try:
@@ -54,8 +55,8 @@ class CheckedTrainer(ResumableTrainer):
         share_statistics_(self.bare_model)
         if output.global_step == 0:
             raise ValueError(
-                f"no step was made: the train_dataset, a {type(self.train_dataset).__name__}, gave not a single batch. "
-                "The model is as it was"
+                f"no step was made: the train_dataset, a {type(self.train_dataset).__name__}, yielded no batch. "
+                "The model is unchanged"
             )
         return output
 
@@ -78,15 +79,15 @@ class CheckedTrainer(ResumableTrainer):
         share_statistics_(self.bare_model)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
-    # Trap: transformers decays the weights of BatchNorm, whose names have no "norm." that it looks for.
+    # Trap: transformers looks for "norm." in names, which BatchNorm's lack, and would decay its weights.
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         spared = {id(p) for module in model.modules() if isinstance(module, NO_DECAY) for p in module.parameters()}
         names = set(super().get_decay_parameter_names(model))
         return [name for name, p in model.named_parameters() if name in names and id(p) not in spared]
 
-    # Trap: with persistent workers, transformers takes the loader of the first evaluation for every later one, also
-    # where another set is handed to `evaluate`.
+    # Trap: with persistent workers, transformers reuses the loader of the first evaluation for every later one, even
+    # if `evaluate` is given another dataset.
 
     def get_eval_dataloader(self, eval_dataset=None):
         if eval_dataset is None or isinstance(eval_dataset, str):
@@ -109,7 +110,7 @@ class CheckedTrainer(ResumableTrainer):
         return loss
 
     def _clip_grad_norm(self, model):
-        self._check_gradients()  # before clipping, which would spread a NaN over all of them
+        self._check_gradients()  # before clipping, which would spread a NaN to all gradients
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -118,13 +119,13 @@ class CheckedTrainer(ResumableTrainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _check_gradients(self) -> None:
-        # fp16's scaler skips such steps itself; sharded gradients are not at hand.
+        # fp16's scaler skips such steps itself. Sharded gradients are not available here.
         if self.accelerator.scaler is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return
         gradients = {name: p.grad for name, p in self.bare_model.named_parameters() if p.grad is not None}
         if not bool(torch.nn.utils.get_total_norm(gradients.values()).isfinite()):
             bad = [name for name, gradient in gradients.items() if _nonfinite(gradient)]
-            # A sign swallows a NaN: the forward pass may have one while the loss is finite.
+            # The sign function hides a NaN: the forward pass may have one while the loss is finite.
             where = self._first_bad_layer() or f"the gradient of {bad[-1]}, the first in backward order"
             self._stop("a gradient is not finite", where)
 

@@ -1,4 +1,4 @@
-"""The checkpoint-N folders of a training run: which one to go on from, and what a folder is that is none."""
+"""The checkpoint-N folders of a training run: which one to resume from, and why a folder is not a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ logger = logging.getLogger(__name__)
 
 RUN_RECORD = "hf_bnn_run.json"
 TRAINER_STATE = "trainer_state.json"
-AUTO = ("true", "auto", "last")  # what stands, in words, for the newest checkpoint
+AUTO = ("true", "auto", "last")  # words that stand for the newest checkpoint
 
 
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The checkpoint-N folders in `folder`, whole or not: those of the newest run first, of a run the highest N first.
+    """The checkpoint-N folders in `folder`, complete or not: newest run first, and within a run highest N first.
 
-    A folder may hold those of an earlier run too, with higher numbers.
+    The folder may also hold checkpoints of an earlier run with higher numbers.
     """
     found = [path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
     return sorted(found, key=lambda path: (_start_of_run(path), int(path.name[11:])), reverse=True)
 
 
 def _start_of_run(checkpoint: Path) -> str:
-    """When the checkpoint's run began. An unreadable record counts as the newest: its checkpoint is to be reported."""
+    """When the checkpoint's run began. An unreadable record sorts as the newest, so that it is reported."""
     if not (checkpoint / RUN_RECORD).exists():
         return ""
     try:
@@ -38,25 +38,26 @@ def _start_of_run(checkpoint: Path) -> str:
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The newest checkpoint-N in `folder` whose files are all as they were written, or None.
+    """The newest checkpoint-N in `folder` with undamaged files, or None.
 
-    Newest: the highest N of the run that began last. Damaged ones are skipped with a warning. Reads whole files.
+    The newest one has the highest N of the run that began last. Damaged checkpoints are skipped with a warning. All
+    files are read.
     """
     for path in checkpoints(folder):
         try:
             verify_checkpoint(path)
         except CorruptCheckpointError as error:
-            logger.warning(f"{path} is passed over, and steps that were made are made again: {error}")
+            logger.warning(f"{path} is skipped, and its steps will be repeated: {error}")
         else:
             return str(path)
     return None
 
 
 def chosen_checkpoint(asked: str | bool | None, output_dir: str | os.PathLike) -> str | None:
-    """The whole checkpoint that `resume_from_checkpoint=asked` stands for in a run's folder; None: begin anew.
+    """The complete checkpoint that `resume_from_checkpoint=asked` means; None: start from the beginning.
 
-    True or "last": the newest whole one; "auto" as well, unless there is none at all. Raises CorruptCheckpointError or
-    ValueError where there is nothing to go on from.
+    True, "last" and "auto" mean the newest complete checkpoint. If there is no checkpoint, "auto" gives None. Raises
+    CorruptCheckpointError or ValueError if there is nothing to resume from.
     """
     words = str(asked).lower()
     if asked is None or words == "false":
@@ -75,7 +76,7 @@ def chosen_checkpoint(asked: str | bool | None, output_dir: str | os.PathLike) -
 
 
 def verify_checkpoint(folder: str | os.PathLike) -> None:
-    """Raise CorruptCheckpointError unless `folder` is a whole checkpoint, ValueError if it is something else."""
+    """Raise CorruptCheckpointError for an incomplete checkpoint, and ValueError for a folder of another kind."""
     if not Path(folder).is_dir():
         raise ValueError(
             f"resume_from_checkpoint={str(folder)!r}: there is no such folder; True takes the newest checkpoint of "
@@ -87,7 +88,7 @@ def verify_checkpoint(folder: str | os.PathLike) -> None:
 
 
 def _other_kind(folder: Path) -> str | None:
-    """What `folder` is if it is not a checkpoint, and what to do instead. None: it was meant to be one."""
+    """Says what `folder` holds if it is not a checkpoint, and what to do instead. None: it is meant to be one."""
     if re.fullmatch(r"checkpoint-\d+", folder.name) or (folder / "optimizer.pt").exists():
         return None
     inside = ", ".join(path.name for path in checkpoints(folder)[:3])
@@ -111,19 +112,19 @@ def _other_kind(folder: Path) -> str | None:
 
 
 def clear_checkpoint(folder: str | os.PathLike) -> None:
-    """Delete a checkpoint-N that is to be written again, the manifest first: its files would mix with the new ones."""
+    """Delete a checkpoint-N, the manifest first, before it is written again: old and new files would mix."""
     drop_manifest(folder)
     if Path(folder).is_dir():
         shutil.rmtree(folder)
 
 
 def write_record(folder: str | os.PathLike, record: dict) -> None:
-    """Note in a checkpoint of which run it is."""
+    """Write the record of its run into a checkpoint."""
     write_atomically(Path(folder) / RUN_RECORD, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def read_record(folder: str | os.PathLike) -> dict | None:
-    """What `write_record` noted; None: the checkpoint is of a version that noted nothing."""
+    """The record that `write_record` wrote; None if an older version of this package wrote none."""
     path = Path(folder) / RUN_RECORD
     if not path.exists():
         return None
@@ -137,7 +138,7 @@ def read_record(folder: str | os.PathLike) -> dict | None:
 
 
 def results_in(folder: str | os.PathLike) -> list[str]:
-    """Names of what an earlier run has left in `folder`: checkpoints, a model, results."""
+    """The names of the checkpoints, models and results that an earlier run left in `folder`."""
     kinds = ("*.safetensors", "*_results.json", "trainer_state.json")
     return [path.name for path in checkpoints(folder)] + sorted(
         path.name for kind in kinds for path in Path(folder).glob(kind)

@@ -1,4 +1,4 @@
-"""--enable_jit_checkpoint: a checkpoint on SIGTERM that is like any other."""
+"""`--enable_jit_checkpoint`: on SIGTERM, the run stops with a checkpoint like any other."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ logger = logging.get_logger(__name__)
 
 
 class StepEndCheckpointCallback(JITCheckpointCallback):
-    """Ends the run, once SIGTERM has come, with a checkpoint of the step that is being made.
+    """After SIGTERM, completes the current step, saves a checkpoint and ends the run.
 
-    transformers' own also writes in the middle of a step, when random numbers were drawn and statistics moved that
-    belong to the next; it writes before an evaluation that is due; and each rank writes when its own signal came.
+    transformers' own callback may save in the middle of a step, when random numbers and statistics already belong to
+    the next checkpoint. It also saves before an evaluation that is due, and each rank saves at its own signal.
     """
 
     @classmethod
     def take_over(cls, trainer: Trainer) -> None:
-        """Take the place of transformers' callback, if the trainer has it."""
+        """Replace transformers' callback by this one, if the trainer has it."""
         found = trainer.pop_callback(JITCheckpointCallback)
         if found is not None:
             own = cls()
@@ -27,10 +27,10 @@ class StepEndCheckpointCallback(JITCheckpointCallback):
             trainer.add_callback(own)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """Nothing: the step goes on to its end."""
+        """Does nothing: the step is completed first."""
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        """Nothing: the step goes on to its end."""
+        """Does nothing: the step is completed first."""
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if not self._requested():
@@ -40,14 +40,16 @@ class StepEndCheckpointCallback(JITCheckpointCallback):
             f"SIGTERM: the run stops at step {state.global_step} of {state.max_steps} and leaves checkpoint-"
             f"{state.global_step} to be resumed. What is saved after it is not the model of a finished run"
         )
-        if control.should_evaluate:  # it may take longer than is left: a first checkpoint stands until the final one
+        if (
+            control.should_evaluate
+        ):  # evaluation may take longer than the time left: this checkpoint is replaced after it
             self.trainer._save_checkpoint(self.trainer.model, trial=None)
         control.should_save = control.should_training_stop = True
 
     on_epoch_end = on_step_end
 
     def _requested(self) -> bool:
-        """Whether a signal has come, to any rank."""
+        """Whether any rank has received the signal."""
         requested = self.jit_manager is not None and self.jit_manager.is_checkpoint_requested
         if self.trainer.args.world_size > 1:
             flag = torch.tensor(int(requested), device=self.trainer.args.device)

@@ -1,4 +1,4 @@
-"""What a training loop must do for a method, without transformers: two moments a step, optimizer groups, state.
+"""The hooks of a training method in a training loop: two calls a step, and optimizer groups. Needs torch only.
 
 >>> import torch.nn.functional as F
 >>> from hf_bnn import binarize_, make_method
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def begin_step(model: nn.Module, step: Step) -> None:
-    """Before the first forward of an optimizer step."""
+    """Call it before the first forward pass of an optimizer step."""
     for _, layer, part in parts(model):
         part.begin_step(layer, step)
     for layer in binary_layers(model):
@@ -43,7 +43,7 @@ def begin_step(model: nn.Module, step: Step) -> None:
 
 
 def end_backward(model: nn.Module, step: Step) -> None:
-    """After the last backward of an optimizer step, before the optimizer's."""
+    """Call it after the last backward pass of an optimizer step, before `optimizer.step()`."""
     for layer in binary_layers(model):
         layer.end_backward()
     for _, layer, part in parts(model):
@@ -51,7 +51,7 @@ def end_backward(model: nn.Module, step: Step) -> None:
 
 
 def hook_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, method: Method) -> None:
-    """Let `method`, which is installed in `model`, hook into the optimizer's steps. Once per optimizer, before any."""
+    """Let `method`, which is installed in `model`, hook into the optimizer. Call it once, before the first step."""
     take_scalar_states(optimizer)
     layers = [layer for layer in binary_layers(model) if layer.binary_weight]
     method.optimizer_hook(optimizer, [(layer.weight_binarizer.site, layer) for layer in layers])
@@ -59,7 +59,7 @@ def hook_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, method: M
 
 @contextlib.contextmanager
 def partial_evaluation(model: nn.Module) -> Iterator[None]:
-    """Within it the model evaluates as the method has left it in training, not fully binary: StoMPP's own curves."""
+    """Within this context the model evaluates partly binary, as StoMPP's training has left it, not fully binary."""
     layers = binary_layers(model)
     try:
         for layer in layers:
@@ -71,7 +71,7 @@ def partial_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def statistics(model: nn.Module) -> dict[str, float]:
-    """What the parts recorded in the last logged step: {"layer name/statistic": value}."""
+    """The statistics that the parts recorded in the last logged step: `{"layer name/statistic": value}`."""
     found = {}
     for name, _, part in parts(model):
         layer = name.rpartition(".")[0]
@@ -80,11 +80,11 @@ def statistics(model: nn.Module) -> dict[str, float]:
 
 
 class ParameterRoles(NamedTuple):
-    """The model's trainable parameters by what they are. Each is in exactly one list."""
+    """The model's trainable parameters by role. Each is in exactly one list."""
 
-    latent: list[nn.Parameter]  # weights of which only the sign is used: no weight decay
+    latent: list[nn.Parameter]  # weights of which the forward pass uses only the sign: no weight decay
     levels: list[nn.Parameter]  # scales and thresholds: no weight decay
-    method: list[nn.Parameter]  # the method's own, gone after training
+    method: list[nn.Parameter]  # the method's own, removed after training
     float: list[nn.Parameter]  # everything else
 
 
@@ -109,10 +109,10 @@ def parameter_roles(model: nn.Module) -> ParameterRoles:
 def split_groups(
     groups: list[dict], roles: ParameterRoles, levels_multiplier: float = 1.0, method_multiplier: float = 1.0
 ) -> list[dict]:
-    """An optimizer's parameter groups, split so that latents, levels and the method's own stand in groups of their own.
+    """An optimizer's parameter groups, split into float, latent, levels and method parameters.
 
-    The new groups keep every option of the group that they come from, but take no weight decay; the learning rates of
-    the levels' and of the method's groups are multiplied. A group's `role` says what it holds.
+    Every group keeps the options of its original, and its `role` names its content. All but float groups have no
+    weight decay. The learning rates of levels and method groups are multiplied.
     """
     kinds = (
         ("latent", roles.latent, 1.0),
@@ -135,7 +135,7 @@ def split_groups(
 
 
 def first_nonfinite_layer(model: nn.Module, run: Callable[[], object]) -> str | None:
-    """The name of the first module, in the order of `run()`, that puts out a NaN or an infinity; None if none does."""
+    """The first module, in the order of `run()`, whose output has a NaN or an infinity, by name; None without any."""
     found: list[str] = []
 
     def watch(name: str):

@@ -1,4 +1,4 @@
-"""In which precision latent weights are held while they learn."""
+"""The precision of latent weights in training."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ logger = logging.getLogger(__name__)
 
 
 def upcast_(model: nn.Module) -> nn.Module:
-    """Hold a latent binary model in float32 instead of bfloat16 or float16, in place, and say so.
+    """Convert a latent binary model from bfloat16 or float16 to float32, in place, with a warning.
 
-    Latents, levels and norms alike: most of an optimizer's updates are smaller than half precision's steps, and would
-    be rounded away. float64 stays. Raises ValueError for a model that is in part packed.
+    This holds for latents, levels and norms: most updates of an optimizer are smaller than a step of half precision,
+    and would be rounded away. float64 is kept. Raises ValueError for a partly packed model.
     """
     half = {p.dtype for p in model.parameters() if p.dtype in HALF}
     learning = any(p.requires_grad for layer in binary_layers(model) for p in layer.parameters())
     if not half or not learning:
         return model
-    if is_packed(model):  # float() would change the types of its other parts
+    if is_packed(model):  # float() would change the types of its packed parts
         raise ValueError(
             f"{type(model).__name__} is in part packed and in part latent, in {_names(half)}, in which latent weights "
             "do not learn: call hf_bnn.unpack_(model) and model.float(), or load it with dtype=torch.float32"
         )
-    nn.Module.float(model)  # past transformers, which forbids it for models with a quantizer
+    nn.Module.float(model)  # transformers forbids model.float() for models with a quantizer
     logger.warning(
         f"{type(model).__name__} was in {_names(half)}, in which most updates of latent weights are rounded away: it "
         "is trained, and saved, in float32. For speed, bf16=True computes in bfloat16 all the same"

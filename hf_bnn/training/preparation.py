@@ -1,4 +1,4 @@
-"""What is done once between a model and its first optimizer step: one batch shows what only running it can show."""
+"""Preparation of a model before its first optimizer step: it runs one batch, to learn what only a run can show."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Output = TypeVar("Output")
 
 
 @torch.no_grad()
-def prepare_(model: nn.Module, run: Callable[[], Output], fit: bool = True) -> Output:
-    """Number the binary layers by execution and, if `fit`, fit their fresh levels, in place. The output of `run()`.
+def prepare_(model: nn.Module, forward: Callable[[], Output], fit: bool = True) -> Output:
+    """Number the binary layers by execution and, if `fit`, fit their fresh levels, in place. The output of `forward()`.
 
-    `run` runs the model on one batch, as training will. Raises ValueError for binary layers that the model passes by.
-    Whatever else a batch must show before the first step belongs here.
+    `forward` runs the model on one batch, as training will. Raises ValueError for a binary layer that it does not
+    reach. All other preparation that needs a batch belongs here.
     """
-    check_layers_run(model, run)
+    check_layers_run(model, forward)
     outputs: list[Output] = []
 
     def kept() -> None:
-        outputs[:] = [run()]
+        outputs[:] = [forward()]
 
     number_by_execution_(model, kept)
     if fit and has_fresh_levels(model):
@@ -43,11 +43,11 @@ def prepare_(model: nn.Module, run: Callable[[], Output], fit: bool = True) -> O
 def first_batch(
     dataset: Dataset, collate: Callable[[list], Any], size: int, workers: int = 0
 ) -> tuple[dict[str, Any], Dataset]:
-    """The collated first `size` rows, and the dataset to train on, which still has them.
+    """The first `size` rows as a collated batch, and the dataset to train on, which still has these rows.
 
-    The rows come in the dataset's own order, by a loader of their own. A stream that can be read only once gets them
-    back in front: then the second result is a `PutBack` stream. `workers`: how many will read it. On several ranks all
-    get the batch of the first one, which alone reads. Raises ValueError if there is no row.
+    The rows come in the dataset's own order, from a separate loader. For a stream that can be read only once, the
+    second result is a `PutBack` stream, which starts with them. `workers`: the number of processes that will read it.
+    On several ranks, only the first one reads, and all get its batch. Raises ValueError if there is no row.
     """
     box: list[Any] = [None]
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -68,12 +68,12 @@ def _read(dataset: Dataset, collate: Callable[[list], Any], size: int, workers: 
     else:
         batch = next(iter(DataLoader(dataset, size, collate_fn=collate)), None) if len(dataset) else None
     if batch is None:
-        raise ValueError("train_dataset is empty: expected at least one row; look at what its rows were filtered by")
+        raise ValueError("train_dataset is empty: expected at least one row; check how its rows were filtered")
     return (dict(batch) if isinstance(batch, Mapping) else batch), dataset
 
 
 def reads_once(dataset: IterableDataset) -> bool:
-    """Whether a second pass over a stream would go on where the first one stopped: it is, or holds, an iterator."""
+    """Whether a stream is, or holds, an iterator: a second pass would go on where the first one stopped."""
     seen: set[int] = set()
 
     def holds(value: Any) -> bool:
@@ -90,9 +90,9 @@ def reads_once(dataset: IterableDataset) -> bool:
 
 
 class PutBack(IterableDataset):
-    """A stream that is read only once, with the rows that were taken from it in front again.
+    """A stream that can be read only once, preceded by the rows that were already taken from it.
 
-    `rest`: the pass that the rows were taken from; None: a new one goes on where it stopped.
+    `rest`: the iterator that the rows were taken from. None: a new iterator goes on where it stopped.
 
     >>> from torch.utils.data import IterableDataset
     >>> class Stream(IterableDataset):
@@ -123,7 +123,7 @@ class PutBack(IterableDataset):
 
 @contextlib.contextmanager
 def undisturbed_randomness(model: nn.Module) -> Iterator[None]:
-    """Within it random numbers may be drawn: the generators of Python, numpy and torch are afterwards as before."""
+    """Restores the random state of Python, numpy and torch at the end of the context."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:

@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints are whole, say of which run they are, and are loaded only if both fit."""
+"""A Trainer whose checkpoints can be verified and carry a record of their run. It resumes only from a fitting one."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ GROUP_OPTIONS = ("weight_decay", "betas", "eps", "momentum", "dampening", "neste
 
 
 class ResumableTrainer(Trainer):
-    """Trainer, for any model. Each checkpoint-N ends with a manifest of digests, and holds a record of its run.
+    """Trainer for any model. Each checkpoint-N holds a record of its run, and at last a manifest of digests.
 
-    `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is whole; "auto" does, or begins anew
-    where there is none. What differs from the run that is resumed is named, field by field: an error where it would
-    be another run (the model, the method, the order of the rows, the end of a schedule), else a warning.
+    `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint. "auto" does the same, or starts
+    from the beginning if there is no checkpoint. Settings that differ from those of the checkpoint's run are named.
+    They are an error if the run would become another one (another model, method, order of rows or end of a schedule),
+    else a warning.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -60,7 +61,7 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
     def _agreed(self, find: Callable[[], str | None]) -> str | None:
-        """What `find` returns on the first rank; what it raises there is raised on all of them."""
+        """The result of `find` on the first rank. An error there is raised on all ranks."""
         if self.args.world_size == 1:
             return find()
         outcome: list[Any] = [None, None]
@@ -93,15 +94,15 @@ class ResumableTrainer(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             write_record(folder, self.run_record(self.state.max_steps))
-        self._wait()  # until the random state of every rank is written
+        self._wait()  # until every rank has written its random state
         if self.args.should_save:
             write_manifest(folder)
-            # Only now that the new checkpoint is known to be whole may an old one go.
+            # Old checkpoints are deleted only once the new one is known to be complete.
             best = self.state.best_model_checkpoint
             rotate_checkpoints(run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
     def run_record(self, max_steps: int) -> dict[str, Any]:
-        """What is noted of this run in its checkpoints."""
+        """The record of this run for its checkpoints."""
         data = self.train_dataset
         return run_record(
             self._started or now(),
@@ -135,7 +136,7 @@ class ResumableTrainer(Trainer):
         return super().train(folder, *args, **kwargs)
 
     def checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
-        """The whole checkpoint that `asked` stands for; None: begin anew. Raises CorruptCheckpointError, ValueError."""
+        """The complete checkpoint that `asked` means; None: none. Raises CorruptCheckpointError or ValueError."""
         folder = chosen_checkpoint(asked, self.args.output_dir)
         if folder is None:
             return None
@@ -147,15 +148,15 @@ class ResumableTrainer(Trainer):
         return folder
 
     def planned_steps(self) -> int:
-        """The optimizer steps of the whole run, as Trainer counts them."""
+        """The number of optimizer steps of the whole run, as Trainer counts them."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _compare(self, folder: str, record: dict[str, Any]) -> None:
-        """Raise ValueError, with all fields that differ, if it would be another run; else warn of those that do."""
+        """Compare the run with the checkpoint's record. Raises ValueError if it would be another run, else warns."""
         current = self.run_record(self.planned_steps())
-        if self.args.auto_find_batch_size:  # the checkpoint's own is found again
+        if self.args.auto_find_batch_size:  # the search finds the checkpoint's own size again
             for part, name in (("data", "rows of a step"), ("settings", "batch size")):
                 current[part].pop(name)
         found = [self._judged(difference) for difference in differences(record, current, self.args.ignore_data_skip)]
@@ -170,7 +171,7 @@ class ResumableTrainer(Trainer):
             self._warn(f"{folder} is resumed with other settings, which hold from its step on. {fields}")
 
     def _judged(self, difference: Difference) -> Difference:
-        """A learning rate that the scheduler or the engine would not take makes it another run."""
+        """Marks a changed learning rate as an error if the scheduler or the engine would ignore it."""
         deaf = self.is_deepspeed_enabled or not self._scales_learning_rates()
         if difference.field == "learning_rate" and deaf:
             return difference._replace(another=True, why="the scheduler's or engine's own state would overrule it")
@@ -180,8 +181,8 @@ class ResumableTrainer(Trainer):
         kind = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
         return kind not in ("reduce_lr_on_plateau", "greedy")
 
-    # Trap: the states of the optimizer and the scheduler bring the old learning rate, weight decay and betas with them.
-    # Without this, those that the resumed run was given would have no effect.
+    # Trap: the states of the optimizer and the scheduler contain the old learning rate, weight decay and betas. Without
+    # this, the values that the resumed run was given would have no effect.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_deepspeed_enabled:
@@ -203,7 +204,7 @@ class ResumableTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _check_best(self, checkpoint: str) -> None:
-        """Refuse at once, not when training is over, a best checkpoint that `load_best_model_at_end` could not take."""
+        """Refuse now, not after training, a best checkpoint that `load_best_model_at_end` could not load."""
         if not self.args.load_best_model_at_end:
             return
         state = Path(checkpoint) / "trainer_state.json"
@@ -224,10 +225,10 @@ class ResumableTrainer(Trainer):
             super()._load_best_model()
 
     def _load_weights(self, folder: str) -> bool:
-        """Load a checkpoint's weights strictly; False if they are of a kind that Trainer itself handles.
+        """Load a checkpoint's weights strictly. Returns False, without loading, for formats that Trainer handles.
 
-        Trainer takes the names in the file for the model's own, which they are not in ViT: it would only warn, and
-        leave most tensors as they were.
+        Trainer assumes that the names in the file are the model's own. In ViT they are not: Trainer would warn, and
+        leave most tensors unchanged.
         """
         path, model = Path(folder) / SAFE_WEIGHTS_NAME, self.bare_model
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not path.is_file():
@@ -248,13 +249,13 @@ class ResumableTrainer(Trainer):
 
 
 def _name_in_memory(key: str, own: dict[str, Tensor], renamings: list[WeightRenaming]) -> str:
-    """What the tensor that a file calls `key` is called in the model whose state dict is `own`."""
+    """The name of the file's tensor `key` in the model whose state dict is `own`."""
     renamed, _ = rename_source_key(key, renamings, [])
     return renamed if renamed in own else key
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, scheduler: Any, rates: list[float]) -> None:
-    """Set each group's learning rate to what it would be now if the schedule had begun at `rates`."""
+    """Set each group's learning rate to its present value in a schedule that began at `rates`."""
     steps = scheduler.last_epoch
     for index, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
         if isinstance(scheduler, LambdaLR):

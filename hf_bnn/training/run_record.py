@@ -1,4 +1,4 @@
-"""What a training run is, noted in each of its checkpoints and compared when one is resumed: field by field."""
+"""The record of a training run: written into each checkpoint, and compared field by field when it is resumed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from ..nn.layers import binary_layers
 
-# Fields of a model's config that do not change what it computes, or that are settled only while it is trained.
+# Fields of a model's config that do not change its computation, or that are set only during training.
 NO_STRUCTURE = ("name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "method")
 NO_STRUCTURE += ("weight_format", "use_cache", "problem_type", "id2label", "label2id", "model_type", "quant_method")
 NO_STRUCTURE += ("finetuning_task", "is_encoder_decoder", "output_hidden_states", "output_attentions", "return_dict")
@@ -20,7 +20,7 @@ NO_STRUCTURE += ("base_model_name_or_path", "inference_mode", "peft_version", "r
 NO_STRUCTURE_ENDINGS = ("_token_id", "sha256")
 
 DATA = "the order of the rows"
-SETTINGS = (  # arguments that may change in the middle of a run, which is then said
+SETTINGS = (  # arguments that may change in the middle of a run, with a warning
     "learning_rate",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
@@ -46,7 +46,7 @@ SETTINGS = (  # arguments that may change in the middle of a run, which is then 
 
 
 class Difference(NamedTuple):
-    """A field in which two runs differ. `another`: the run that goes on would be another one than was begun."""
+    """A field in which two runs differ. `another`: the difference would make the resumed run a different one."""
 
     field: str
     was: Any
@@ -60,12 +60,12 @@ class Difference(NamedTuple):
 
 
 def now() -> str:
-    """The time, as text that sorts."""
+    """The current time, as text that sorts by time."""
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")
 
 
 def model_record(model: nn.Module) -> dict[str, Any]:
-    """What decides what the model computes: its class, the config's fields by dotted names, its binary layers."""
+    """The facts that determine a model's computation: class, config fields by dotted names, binary layers."""
     config = getattr(model, "config", None)
     fields = _flat(config.to_dict()) if hasattr(config, "to_dict") else {}
     kinds = Counter(_kind(layer) for layer in binary_layers(model))
@@ -77,7 +77,7 @@ def model_record(model: nn.Module) -> dict[str, Any]:
 
 
 def _names(value: Any) -> Any:
-    """A list of names in order and each once: PEFT adds the head's to an adapter's whenever it makes a model of it."""
+    """A list of names, sorted and without repetitions: PEFT appends the head's names each time it builds a model."""
     names = isinstance(value, list) and all(isinstance(name, str) for name in value)
     return sorted(set(value)) if names else value
 
@@ -91,7 +91,7 @@ def _kind(layer: nn.Module) -> str:
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, without what is no structure."""
+    """Nested dicts flattened to one, without the fields that are not structure."""
     found = {}
     for name, value in fields.items():
         if name.startswith("_") or name in NO_STRUCTURE or name.endswith(NO_STRUCTURE_ENDINGS):
@@ -113,7 +113,7 @@ def run_record(
     method: Any = None,
     teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """All that `differences` compares, as JSON holds it. `batch_size` of one process; `rows`: None for a stream."""
+    """All that `differences` compares, as JSON values. `batch_size`: of one process; `rows`: None for a stream."""
     data = {
         "seed": args.seed,
         "data_seed": args.data_seed,
@@ -143,9 +143,9 @@ def run_record(
 
 
 def differences(was: dict[str, Any], now: dict[str, Any], ignore_data_skip: bool = False) -> list[Difference]:
-    """Every field in which two records differ, those that make it another run first."""
+    """Every field in which two records differ, those that make a different run first."""
     found = _compared(was, now, "model", _changes_the_model)
-    if len(found) > 1:  # the fields of the config say it already
+    if len(found) > 1:  # the config's fields already show it
         found = [difference for difference in found if difference.field != "binary layers"]
     if was["method"] != now["method"]:
         found += _of_method(was, now)
@@ -164,7 +164,7 @@ def _compared(was: dict, now: dict, part: str, another: Any, why: str = "") -> l
     return [
         Difference(name, one[name], other[name], another(name), why)
         for name in one
-        if name in other and one[name] != other[name]  # versions of this package may note other fields
+        if name in other and one[name] != other[name]  # another version of this package may record other fields
     ]
 
 

@@ -1,4 +1,4 @@
-"""Which teachers fit a student, as far as their configs tell, and a cache of a teacher's outputs. Needs torch only."""
+"""Checks that a teacher fits a student, and a cache of the teacher's outputs. Needs torch only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distillation import CLASSIFICATION, TOKENS, Outputs, head_of
+from .distillation import Outputs
+from .prediction_losses import CLASSIFICATION, TOKENS, head_of
 
 WITHOUT_LOGITS = "or set distillation_logits_weight=0 to learn from its hidden states alone"
 
@@ -17,10 +18,10 @@ WITHOUT_LOGITS = "or set distillation_logits_weight=0 to learn from its hidden s
 def check_teacher(
     teacher: nn.Module, student: nn.Module, logits: bool = True, hidden: bool = True, tokenizer: Any = None
 ) -> None:
-    """Raise ValueError if the teacher cannot teach this student by its `logits` and by its `hidden` states.
+    """Raise ValueError if the teacher cannot teach this student by its `logits` or its `hidden` states.
 
-    `tokenizer`: what makes the student's inputs, if it is known. Seen are the configs and classes; what a batch shows
-    beyond that, `Distillation.loss` says.
+    `tokenizer`: that of the student's inputs, if known. This compares configs and classes only; `Distillation.loss`
+    reports what shows on a batch.
     """
     _check_apart(teacher, student)
     own, theirs = getattr(student, "config", None), getattr(teacher, "config", None)
@@ -59,7 +60,7 @@ def _check_head(teacher: nn.Module, student: nn.Module) -> None:
     name = type(teacher).__name__
     if theirs is None and name.endswith("Model") and getattr(teacher, "base_model", None) is teacher:
         raise ValueError(
-            f"the teacher, a {name}, has no head: it puts out no logits. Take one that was trained for the task, "
+            f"the teacher, a {name}, has no head: it returns no logits. Take one that was trained for the task, "
             f"{WITHOUT_LOGITS}"
         )
     for model, head, whose in ((student, own, "student"), (teacher, theirs, "teacher")):
@@ -103,7 +104,7 @@ def _label_names(config: Any) -> list[str]:
 
 
 def _check_tokens(theirs: Any, own: Any, tokenizer: Any) -> None:
-    """Both models must mean the same by a token's id."""
+    """Check that both models assign the same ids to tokens."""
     texts = [getattr(config, "get_text_config", lambda config=config: config)() for config in (theirs, own)]
     for name in ("vocab_size", "pad_token_id", "decoder_start_token_id"):
         given, wanted = (getattr(config, name, None) for config in texts)
@@ -129,7 +130,7 @@ def _check_tokens(theirs: Any, own: Any, tokenizer: Any) -> None:
 
 
 def teacher_inputs(teacher: nn.Module, inputs: Mapping[str, Any], label_names: Iterable[str]) -> dict[str, Any]:
-    """A batch as the teacher takes it: without the labels, unless it makes its inputs of them or demands them."""
+    """A batch for the teacher: without labels, unless it needs them as an argument or derives its inputs from them."""
     config = getattr(teacher, "config", None)
     kept = set()
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
@@ -142,11 +143,11 @@ def teacher_inputs(teacher: nn.Module, inputs: Mapping[str, Any], label_names: I
 
 
 class TeacherCache:
-    """Remembers the teacher's output for every example, by the example's own tokens; hidden states in bfloat16.
+    """Caches the teacher's output for each example, keyed by the example's tokens. Hidden states are in bfloat16.
 
-    Serves batches of token ids, `(batch, tokens)`, padded on the right. With anything else among the inputs (images,
-    augmented anew each time; several choices; a decoder's tokens) it stands aside. Lies in the CPU's memory, and stops
-    taking examples when it holds `limit_bytes`.
+    It serves batches of token ids, `(batch, tokens)`, padded on the right. It passes other inputs through: images,
+    which are augmented anew each time, several choices, a decoder's tokens. It uses the CPU's memory, and takes no more
+    examples once it holds `limit_bytes`.
     """
 
     def __init__(self, limit_bytes: float):
@@ -154,15 +155,15 @@ class TeacherCache:
         self.bytes = 0
         self.examples: dict[bytes, Outputs] = {}
 
-    def get(self, inputs: Mapping[str, Any], run: Callable[[], Outputs]) -> Outputs:
-        """The teacher's output for a batch, from memory if every example is there, else from `run()`."""
+    def get(self, inputs: Mapping[str, Any], compute: Callable[[], Outputs]) -> Outputs:
+        """The teacher's output for a batch: from the cache if it has every example, else from `compute()`."""
         mask = inputs.get("attention_mask")
         if self.limit_bytes <= 0 or not _serves(inputs, mask):
-            return run()
+            return compute()
         keys = self._keys(inputs, mask)
         if all(key in self.examples for key in keys):
             return self._assemble([self.examples[key] for key in keys], mask)
-        output = run()
+        output = compute()
         self._store(keys, output, mask)
         return output
 
@@ -211,7 +212,7 @@ class TeacherCache:
 
 
 def _serves(inputs: Mapping[str, Any], mask: Any) -> bool:
-    """Whether rows of these inputs can be told apart by their tokens, and cut where their padding begins."""
+    """Whether the tokens identify each row of these inputs, and the padding is on the right."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return False
     alike = (isinstance(v, Tensor) and v.shape == mask.shape and not v.is_floating_point() for v in inputs.values())

@@ -1,28 +1,21 @@
-"""BinaryTrainer: transformers' Trainer, told which method trains the binary layers."""
+"""BinaryTrainer: transformers' Trainer with a training method for the binary layers."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from accelerate.utils import send_to_device
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..convert import can_pack, has_fresh_levels, pack_
-from ..install import binary_fraction, install_method, load_method_state, method_state
+from ..convert import has_fresh_levels
+from ..install import binary_fraction, install_method
 from ..methods import Method, Step, make_method
-from ..model_card import completed, facts_of, without_paths
-from ..models.base import BinaryModelMixin
 from ..nn.layers import binary_layers
 from ..nn.packed import is_packed
 from .argument_checks import warn_of_recipe
@@ -36,6 +29,7 @@ from .loop import (
     split_groups,
     statistics,
 )
+from .packed_saving import PackedSaving
 from .precision import upcast_
 from .preparation import first_batch, prepare_, undisturbed_randomness
 from .taught_trainer import TaughtTrainer
@@ -44,11 +38,9 @@ from .uploads import PublicUploads
 
 logger = logging.get_logger(__name__)
 
-METHOD_STATE = "method_state.safetensors"
-
 
 class _MethodCallback(TrainerCallback):
-    """Tells the parts of a model the two moments of every optimizer step."""
+    """Calls `begin_step` and `end_backward` in every optimizer step."""
 
     def __init__(self, trainer: BinaryTrainer):
         self.trainer = trainer
@@ -67,15 +59,15 @@ class _MethodCallback(TrainerCallback):
         end_backward(self.trainer.bare_model, self.step)
 
 
-class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
-    """Trainer for a binary model: the same arguments, and two more.
+class BinaryTrainer(PackedSaving, PublicUploads, IndependentTrials, TaughtTrainer):
+    """Trainer for a binary model. It takes Trainer's arguments and two more.
 
-    `method` (None: what `args.method` names) is installed into the model; `teacher_model`, if given, is distilled
-    from. Checkpoints are latent and resume exactly; the final model is packed. Evaluation is fully binary, in float32.
-    Raises ValueError for a model that has no binary layer, or whose weights are packed.
+    `method` is installed into the model (None: the one that `args.method` names). `teacher_model`, if given, is
+    distilled from. Checkpoints are latent and resume exactly; the final model is packed. Evaluation is fully binary,
+    in float32. Raises ValueError for a model without a binary layer, or with packed weights.
     """
 
-    trains_binary_models = True  # as transformers' own does not: models/plain_trainer.py
+    trains_binary_models = True  # unlike transformers' own Trainer: see models/plain_trainer.py
 
     def __init__(
         self,
@@ -98,11 +90,10 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
         self.teacher = teacher_model
         if model is not None:
             self.prepare_model(model)
-        self._writing_checkpoint = False
         self._hooked: torch.optim.Optimizer | None = None
         super().__init__(model, args, *positional, **kwargs)
-        # Trap: BERT's and ResNet's heads take **kwargs but ignore num_items_in_batch; believed, they would be
-        # trained with the gradient times the accumulation steps, and with the loss times the processes.
+        # Trap: BERT's and ResNet's heads take **kwargs but ignore num_items_in_batch. If Trainer relied on them, the
+        # gradient would be multiplied by the accumulation steps, and the loss by the number of processes.
         self.model_accepts_loss_kwargs = False
         if self.teacher is not None:
             self.begin_lesson()
@@ -112,7 +103,7 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
         self.add_callback(_MethodCallback(self))
 
     def prepare_model(self, model: nn.Module) -> None:
-        """Refuse what cannot be trained, and install the method."""
+        """Install the method. Raises ValueError for a model that cannot be trained."""
         adapted = hasattr(model, "peft_config")
         if is_packed(model) and not adapted:
             raise ValueError(
@@ -131,12 +122,12 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
     def call_model_init(self, trial=None) -> nn.Module:
         model = super().call_model_init(trial)
         self.method, self._hooked = self._chosen_method(), None
-        self.args.check()  # a search may have set them
+        self.args.check()  # a hyperparameter search may have set them
         self.prepare_model(model)
         return model
 
     def _chosen_method(self) -> Method:
-        """The method that the arguments name now, unless one was given as an object."""
+        """The method that was given as an object, else the one that the arguments name now."""
         if self._given_method is None:
             return make_method(self.args.method, self.args.method_args)
         if (self.args.method, self.args.method_args) != self._method_at_first:
@@ -156,7 +147,7 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
         return output
 
     def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, *more, **kwargs):
-        # Here the model exists, whoever made it; a checkpoint is loaded; nothing is wrapped, and no optimizer is made.
+        # At this point the model exists and a checkpoint is loaded, but nothing is wrapped and there is no optimizer.
         dataset = self.train_dataset
         self._prepare(fit=self.args.calibrate_levels and not resume_from_checkpoint)
         try:
@@ -165,8 +156,8 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
             self.train_dataset = dataset
 
     def _prepare(self, fit: bool) -> None:
-        """The one moment before the first step. Training's random numbers and data are afterwards as before."""
-        model = self.model  # sharded, it runs in its wrapper only
+        """Prepares the model before the first step. It leaves the random state and the data of training unchanged."""
+        model = self.model  # a sharded model runs only in its wrapper
         if self.train_dataset is None:
             if fit and has_fresh_levels(model):
                 logger.warning(
@@ -180,20 +171,20 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
             if self.teacher is not None:
                 self.begin_lesson()
                 asked = self.asked_of_student(asked)
-            count = self._get_num_items_in_batch([batch], self.args.device)  # a loss function of one's own takes it
+            count = self._get_num_items_in_batch([batch], self.args.device)  # a custom loss function takes it
             _, outputs = prepare_(model, lambda: self.untaught_loss(model, dict(asked), count), fit)
             if self.teacher is not None:
                 self.check_lesson(send_to_device(outputs, self.args.device), batch)
 
     def _preparation_batch(self) -> dict[str, Any]:
-        """The first rows of the training set, as the trainer's collator makes a batch of them."""
+        """The first rows of the training set, as a batch of the trainer's collator."""
         rows, collate = self.train_dataset, self.data_collator
         if isinstance(rows, datasets.Dataset):
             rows = self._remove_unused_columns(rows, description="Training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="Training")
         size = self.args.eval_batch_size
-        if self.args.auto_find_batch_size:  # what does not fit is not asked for again
+        if self.args.auto_find_batch_size:  # larger batches did not fit in memory
             size = min(size, self._train_batch_size)
         batch, left = first_batch(rows, collate, size, self.args.dataloader_num_workers)
         if left is not rows:
@@ -212,7 +203,9 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
                 self.args.levels_learning_rate_multiplier,
                 self.args.aux_learning_rate_multiplier,
             )
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # not accelerate's wrapper of an earlier run
+        optimizer = getattr(
+            self.optimizer, "optimizer", self.optimizer
+        )  # without accelerate's wrapper from an earlier run
         if self._hooked is not optimizer:
             if "optimizer_hook" in self.method.claims() and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
                 raise ValueError(
@@ -248,7 +241,7 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
         return metrics
 
     def _determine_best_metric(self, metrics, trial) -> bool:
-        # Before the end of StoMPP's schedule a model is not yet what will be saved: it cannot be the best one.
+        # Before the end of StoMPP's schedule the model is not fully binary: it cannot be the best one.
         return binary_fraction(self.bare_model) == 1 and super()._determine_best_metric(metrics, trial)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -256,90 +249,16 @@ class BinaryTrainer(PublicUploads, IndependentTrials, TaughtTrainer):
             logs = {**logs, "binary_fraction": fraction}
         super().log(logs, *args, **kwargs)
         per_layer = statistics(self.bare_model) if "loss" in logs else {}
-        if per_layer:  # for the history and the trackers; on the console they would bury everything else
+        if per_layer:  # for the history and the trackers only: they would flood the console
             self.state.log_history.append({**per_layer, "epoch": self.state.epoch, "step": self.state.global_step})
             for callback in self.callback_handler.callbacks:
                 if not isinstance(callback, ProgressCallback | PrinterCallback):
                     callback.on_log(self.args, self.state, self.control, logs=per_layer, model=self.model)
 
-    # Saving: checkpoint-N folders are latent and complete; the final model and what is pushed are packed.
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # push_to_hub calls this internally too, but for the final model: it names no folder.
-        self._writing_checkpoint = _internal_call and output_dir is not None
-        try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            self._writing_checkpoint = False
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self._writing_checkpoint or not self.args.save_packed or not _can_pack(self.model):
-            super()._save(output_dir, state_dict)
-            own = method_state(self.bare_model)
-            if self._writing_checkpoint and self.args.should_save and own:
-                save_file({key: value.contiguous() for key, value in own.items()}, Path(output_dir) / METHOD_STATE)
-            return
-        trained = self.model
-        self.model = packed_copy(self.bare_model, state_dict, self.args.allow_unfinished)
-        try:
-            super()._save(output_dir)
-        finally:
-            self.model = trained
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        whole = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-        whole = whole or binary_fraction(self.bare_model) < 1
-        if whole or not self.args.save_packed or not self.is_world_process_zero() or not _can_pack(self.model):
-            super()._push_from_checkpoint(checkpoint_folder)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            packed_copy(self.bare_model).save_pretrained(folder)
-            super()._push_from_checkpoint(folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; what its draft leaves open is said of a binary model."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and isinstance(self.bare_model, BinaryModelMixin):
-            card = Path(self.args.output_dir) / "README.md"
-            facts = facts_of(self.bare_model, self.args.save_packed and _can_pack(self.model))
-            name = self.hub_model_id or Path(self.args.output_dir).absolute().name
-            said = [value for value in kwargs.values() if isinstance(value, str)]
-            sources = (*said, self.bare_model.config.name_or_path, self.args.output_dir)
-            draft = without_paths(card.read_text(encoding="utf-8"), sources)
-            card.write_text(completed(draft, facts, name), encoding="utf-8")
-
-    # Loading
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_method(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_method(self.state.best_model_checkpoint)
-
-    def _load_method(self, folder: str) -> None:
-        path = Path(folder) / METHOD_STATE
-        load_method_state(self.bare_model, load_file(path) if path.is_file() else {})
-
-
-def packed_copy(
-    model: nn.Module, state_dict: dict[str, Tensor] | None = None, allow_unfinished: bool = False
-) -> nn.Module:
-    """A packed model beside the latent one, which stays as it is. `state_dict`: gathered weights to take instead."""
-    twin = copy.deepcopy(model)
-    if state_dict:
-        twin.load_state_dict(state_dict)
-    return pack_(twin, allow_unfinished)
-
-
-def _can_pack(model: nn.Module) -> bool:
-    return not hasattr(model, "peft_config") and hasattr(model, "save_pretrained") and can_pack(model)
-
 
 @contextlib.contextmanager
 def _without_autocast(model: nn.Module) -> Iterator[None]:
-    """Undo, for a while, the mixed precision that accelerate has wrapped around the model's forward."""
+    """Within this context, the model's forward runs without accelerate's mixed precision."""
     wrapped: Callable | None = model.__dict__.get("forward")
     if wrapped is None or not hasattr(model, "_original_forward"):
         yield

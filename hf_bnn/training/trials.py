@@ -1,4 +1,4 @@
-"""Hyperparameter search whose trials know nothing of each other."""
+"""Hyperparameter search with independent trials."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from transformers.trainer_callback import ExportableState
 
 
 class IndependentTrials(Trainer):
-    """A Trainer whose every trial of a hyperparameter search begins as the first one did.
+    """A Trainer whose trials of a hyperparameter search all begin in the same state.
 
-    transformers makes the model before it reads the trial, sets fields of the arguments that the next trial may not
-    set again, and goes on with the callbacks as the last trial has left them. Here a trial's arguments and seed are in
-    force when its model is made; after the search the arguments are those of before.
+    transformers makes the model before it applies the trial's settings. It also keeps the last trial's arguments and
+    callback states. Here, a trial's arguments and seed apply when its model is made, and after the search the
+    arguments are restored.
     """
 
-    _fields_of_trial: dict[str, Any] | None = None  # what the fields that trials have set were before; None: no search
+    _fields_of_trial: dict[str, Any] | None = None  # the original values of fields that trials changed; None: no search
     _callbacks_before: Sequence[tuple[TrainerCallback, dict[str, Any]]] = ()
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any):
         stateful = [callback for callback in self.callback_handler.callbacks if isinstance(callback, ExportableState)]
-        # Of early stopping, for one, how long it has waited.
+        # For example, how long early stopping has waited.
         self._callbacks_before = [(callback, callback.state()["attributes"]) for callback in stateful]
         self._fields_of_trial = {}
         try:

@@ -1,4 +1,4 @@
-"""What a trainer writes and uploads: no token, and no path of the machine that it ran on."""
+"""Keeps tokens and local paths out of the files that a trainer writes and uploads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 
 def public(arguments: TrainingArguments) -> TrainingArguments:
-    """A copy without tokens; of absolute paths it has the last part."""
+    """A copy of the arguments without tokens. Absolute paths are cut to their last part."""
     twin = copy.copy(arguments)
     for name, value in vars(arguments).items():
         setattr(twin, name, None if name.endswith("token") else _without_paths(value))
@@ -33,9 +33,9 @@ def _without_paths(value: Any) -> Any:
 
 
 class PublicUploads(Trainer):
-    """Trainer, but training_args.bin is saved without tokens and absolute paths, and is not uploaded with the model.
+    """A Trainer that saves training_args.bin without tokens and absolute paths, and does not upload it with the model.
 
-    A checkpoint-N that is uploaded (hub_strategy="checkpoint") comes whole: its manifest lists that file.
+    An uploaded checkpoint-N (hub_strategy="checkpoint") includes the file, because its manifest lists it.
     """
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -62,7 +62,7 @@ class PublicUploads(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         arguments = self.args
         self.args = copy.copy(arguments)
-        self.args.hub_token = None  # it is pickled in there, before the upload
+        self.args.hub_token = None  # training_args.bin is pickled before the upload
         try:
             with self.arguments_kept_back(arguments.hub_token):
                 super()._push_from_checkpoint(checkpoint_folder)
@@ -74,9 +74,9 @@ class PublicUploads(Trainer):
 
     @contextlib.contextmanager
     def arguments_kept_back(self, token: str | None = None) -> Iterator[None]:
-        """While it lasts, uploads of the output folder go without training_args.bin. `token`: for uploads without one.
+        """Within this context, uploads of the output folder skip training_args.bin. `token`: for uploads without one.
 
-        transformers has the patterns of what it leaves out written into its methods: there is nothing to set.
+        transformers hard-codes the patterns of skipped files in its methods, so its API is wrapped instead.
         """
         run, api = Path(self.args.output_dir).absolute(), upstream.hf_api
 
@@ -94,7 +94,7 @@ class PublicUploads(Trainer):
 
 
 class _Uploader:
-    """An HfApi with another `upload_folder`."""
+    """An HfApi whose `upload_folder` is replaced."""
 
     def __init__(self, api: Any, upload_folder: Any):
         self.api, self.upload_folder = api, upload_folder

@@ -50,12 +50,12 @@ def milliseconds(run: Call, repeats: int) -> float:
 
 
 def repeats(wanted: float, once: float) -> int:
-    """How many calls of `once` milliseconds take about as long as is wanted; at least one."""
+    """The number of calls, of `once` milliseconds each, that fill the wanted time; at least one."""
     return max(1, round(wanted / once))
 
 
 def interleaved(runs: dict[str, Call], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of a call of each run in each round, each after calls that are not counted, if they are short."""
+    """Milliseconds per call, by run and round. Short calls are preceded by uncounted ones."""
     once = {}
     for name, run in runs.items():
         run()
@@ -88,7 +88,7 @@ def fastest(times: dict[str, list[float]], precision: str) -> str | None:
 
 
 def measure(contest: Contest, rounds: int, seconds: float) -> list[dict]:
-    """A contest's rows, one for each of ours. A figure that there is nothing to compare with is None."""
+    """The rows of a contest, one for each of ours. A figure without anything to compare with is None."""
     bits = count_bits()
     runs = {name: ours.call for name, ours in contest.ours.items()} | contest.baselines
     if bits and any(ours.macs for ours in contest.ours.values()):
@@ -99,7 +99,7 @@ def measure(contest: Contest, rounds: int, seconds: float) -> list[dict]:
 
 
 def row_of(name: str, macs: int, times: dict[str, list[float]], bits: int) -> dict:
-    """A row of the JSON from every contestant's times. `bits`: what the roofline's run has compared."""
+    """A row of the JSON from the times of all contestants. `bits`: the bits that the roofline's run compared."""
     taken = times[name]
     first, median, third = quartiles(taken)
     row = {"name": name, "rounds": len(taken), "ms_median": median, "ms_q1": first, "ms_q3": third}

@@ -68,14 +68,14 @@ class _Inlined(torch.autograd.Function):
 
 
 class InlinedSTE(nn.Linear):
-    """The straight-through estimator's layer written out by hand, as one function: what the mechanism is judged by."""
+    """The straight-through estimator's layer as one hand-written function: the baseline for the mechanism's cost."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _Inlined.apply(x, self.weight, self.bias)
 
 
 def make_run(name: str, contestant: Contestant | None, tokens: int, inputs: int, outputs: int) -> Callable[[], None]:
-    """A function that takes one training step."""
+    """A function that makes one training step."""
     model = nn.Sequential(InlinedSTE(inputs, outputs) if name == INLINED else nn.Linear(inputs, outputs))
     method, start = STE(), 0
     if contestant is not None:
@@ -103,7 +103,7 @@ def make_run(name: str, contestant: Contestant | None, tokens: int, inputs: int,
 
 
 def interleaved(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each run in each round, after two rounds that are not counted."""
+    """Milliseconds by run and round, after two uncounted rounds."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds + 2):
         for name, run in runs.items():

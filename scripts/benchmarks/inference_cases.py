@@ -1,4 +1,4 @@
-"""What scripts/benchmarks/bench_inference.py times: contestants that compute with the same shapes, ours and torch's."""
+"""The cases of bench_inference.py: contestants of ours and of torch that compute with the same shapes."""
 
 import copy
 import warnings
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 @torch.no_grad()
 def scatter_(model: nn.Module) -> nn.Module:
-    """Move whatever starts out equal in every layer to numbers of its own, in place, as training does.
+    """Give parameters that start equal in every layer different values, in place, as training does.
 
     Learned levels of query, key and value that are equal, biases of 0 and norms of 1 would let a model run faster than
     a trained one.
@@ -60,7 +60,7 @@ def scatter_(model: nn.Module) -> nn.Module:
 
 
 def optimized(model: nn.Module) -> nn.Module:
-    """A binary model as users run it: packed and optimized. It is consumed."""
+    """A binary model as users run it: packed and optimized, in place."""
     return optimize_(pack_(model))
 
 
@@ -92,6 +92,6 @@ def float_forms(model: nn.Module, int8: bool = True, layouts: bool = False) -> d
 
 
 def given_to(form: str, x: Tensor) -> Tensor:
-    """The input in the dtype and the layout that the form called so takes."""
+    """The input in the dtype and layout that the form of this name takes."""
     x = x.to(torch.bfloat16) if form.startswith(BF16) and x.is_floating_point() else x
     return images_last(x) if form.endswith(LAST) else x

@@ -44,7 +44,7 @@ def elastic(name: str) -> ElasticLevels:
 
 
 def calls_of(forms: dict[str, nn.Module], x: Tensor) -> dict[str, Call]:
-    """A call of each form on the input as it takes it."""
+    """A call of each form, on an input of its dtype and layout."""
 
     def call_of(form: nn.Module, given: Tensor) -> Call:
         return lambda: form(given)

@@ -32,7 +32,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _parts(value: object) -> list[object]:
-    """What a container, a function or an object holds."""
+    """The objects that a container, a function or an object holds."""
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]
     if isinstance(value, list | tuple | set | frozenset):

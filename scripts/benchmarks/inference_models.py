@@ -30,7 +30,7 @@ PACKED_LAYERS = (PackedLinear, PackedConv2d)
 
 
 class Variant:
-    """What is binary, as fields of the config, and whether the packed model is optimized."""
+    """The binary parts of a model, as config fields, and whether the packed model is optimized."""
 
     def __init__(self, optimize: bool = True, **fields: Any):
         self.optimize, self.fields = optimize, fields
@@ -64,7 +64,7 @@ class Family:
         return self.stock is ResNetForImageClassification
 
     def inputs(self, batch: int, tokens: int | None = None) -> dict[str, Tensor]:
-        """Full sentences, as a tokenizer gives them, or images."""
+        """A batch of sentences without padding, as from a tokenizer, or of images."""
         if self.reads_text:
             ids = torch.randint(1, self.config_of(self.stock).vocab_size, (batch, tokens))
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -164,12 +164,12 @@ def binary_macs(packed: nn.Module, inputs: dict[str, Tensor]) -> int:
 
 
 def weights_per_tap(layer: PackedLinear | PackedConv2d) -> int:
-    """Inputs that an output sees at one position."""
+    """The number of inputs of an output at one position."""
     return layer.in_features if isinstance(layer, PackedLinear) else layer.in_channels // layer.groups
 
 
 def encoder_memory(family: Family = BERT_BASE) -> dict[str, float]:
-    """Bytes that the tensors of a BERT's encoder take after a call, caches included."""
+    """Bytes of the tensors of a BERT's encoder after a call, including caches."""
     packed, optimized = binary_forms(family, FFN)
     models = {f"{family.name}_encoder_fp32": stock_forms(family)["fp32"], "packed": packed, "optimized": optimized}
     inputs = family.inputs(1, 8)

@@ -1,4 +1,4 @@
-"""Draws the speed of whole models over torch's float32, from what scripts/benchmarks/bench_inference.py has measured.
+"""Draws the speed of whole models over torch's float32, from the results of scripts/benchmarks/bench_inference.py.
 
 python scripts/benchmarks/plot_inference.py
 """
@@ -30,7 +30,7 @@ WIDTH = 0.16  # of a bar, where a group takes 1
 
 
 def speeds(benchmark: dict) -> dict[str, dict[str, float]]:
-    """Speed over float32 by group and series; torch's of medians. Raises KeyError, with its name, without a row."""
+    """Speed over float32 by group and series, torch's from medians. Raises KeyError with the name of a missing row."""
     rows = {row["name"]: row for row in benchmark["rows"]}
     float32, bfloat16, int8, *ours = SERIES
     found = {}
@@ -46,7 +46,7 @@ def speeds(benchmark: dict) -> dict[str, dict[str, float]]:
 
 
 def title(benchmark: dict) -> str:
-    """What is shown, and where it was measured."""
+    """The title of the chart, and the machine it was measured on."""
     machine = benchmark["environment"]
     threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     where = f"{machine['cpu']}, {machine['backend']} kernels, torch {machine['torch']}"
@@ -54,17 +54,17 @@ def title(benchmark: dict) -> str:
 
 
 def digest(benchmark: dict) -> str:
-    """Of all that the chart shows."""
+    """The digest of everything that the chart shows."""
     return hashlib.sha256(json.dumps([title(benchmark), speeds(benchmark)]).encode()).hexdigest()
 
 
 def place_of(label: str, group: int, values: dict[str, float]) -> float:
-    """Where a series' bar stands: a group's bars side by side, centred."""
+    """The position of a series' bar: the bars of a group stand side by side, centred."""
     return group + ([*values].index(label) - (len(values) - 1) / 2) * WIDTH
 
 
 def draw(benchmark: dict, path: Path) -> None:
-    """The chart as a PNG, the same bytes from the same figures and the same matplotlib."""
+    """The chart as a PNG. Equal figures and an equal matplotlib give equal bytes."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The networks and the data of scripts/benchmarks/bench_methods.py: small enough to compare methods on a CPU."""
+"""The networks and the data of bench_methods.py, small enough to compare methods on a CPU."""
 
 from pathlib import Path
 from typing import NamedTuple

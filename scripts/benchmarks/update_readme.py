@@ -34,7 +34,7 @@ def methods_table(benchmark: dict) -> str:
 
 
 def label(row: str) -> str:
-    """What tells the variants of a method apart: "surge-own" gives " (`aux=own`)", "stompp-mixed" " (mixed)"."""
+    """The suffix of a method's variant: "surge-own" gives " (`aux=own`)", "stompp-mixed" gives " (mixed)"."""
     name, dash, variant = row.partition("-")
     setting = f"`aux={variant}`" if name == Surge.name else variant
     return f" ({setting})" if dash else ""
@@ -51,14 +51,14 @@ def fsg_text(results: dict) -> str:
 
 def orders_table(results: dict) -> str:
     """StoMPP's orders by network: accuracy in percent, mean and standard deviation over the seeds."""
-    from bench_methods import order_table
+    from stompp_order import order_table
 
     return order_table(results["rows"])
 
 
 def quickstart_table(results: dict) -> str:
-    """What one run of the quick start printed."""
-    from quickstart_results import method_name, table
+    """The printed results of a run of the quick start."""
+    from hf_bnn.tasks.quickstart_results import method_name, table
 
     versions = results["versions"]
     threads = f"{versions['threads']} thread(s) of {versions['cores']} ({versions['machine']})"
@@ -71,8 +71,8 @@ def quickstart_table(results: dict) -> str:
 
 
 def runs_table(runs: list[dict]) -> str:
-    """Every full run of the quick start whose figures are committed: what was chosen, and what came of it."""
-    from quickstart_results import method_name
+    """Every full run of the quick start with committed results: its settings and its figures."""
+    from hf_bnn.tasks.quickstart_results import method_name
 
     lines = [
         "| preset | method | binarize | attention | embeddings | seed | float | binary | kept | file, MB |",
@@ -167,19 +167,19 @@ def speed_summary(benchmark: dict) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """With three digits that count."""
+    """The number with three significant digits."""
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def losses(benchmark: dict) -> str:
-    """Which of a run's rows are slower than float32."""
+    """The sentence on the rows of a run that are slower than float32."""
     slower = benchmark["slower_than_fp32"]
     named = ", ".join(f"`{name}`" for name in slower) or "none"
     return f"Slower than float32, of {len(benchmark['rows'])} rows measured: {named}."
 
 
 def memory_line(memory: dict) -> str:
-    """What the encoder of a BERT-base takes."""
+    """The sentence on the memory of BERT-base's encoder."""
     float32, packed, optimized = (
         memory[f"{name}_bytes"] / 1e6 for name in ("bert_base_encoder_fp32", "packed", "optimized")
     )
@@ -190,14 +190,14 @@ def memory_line(memory: dict) -> str:
 
 
 def other_line(label: str, benchmark: dict) -> str:
-    """A run on other kernels or threads, in one line."""
+    """One line on a run with other kernels or threads."""
     rows = {row["name"]: row["speedup_fp32"] for row in benchmark["rows"]}
     found = "; ".join(f"{text}: {rows[name]:.1f}" for name, text in OTHER_ROWS.items() if name in rows)
     return f"- {label}, over float32. {found[:1].upper()}{found[1:]}. {losses(benchmark)}"
 
 
 def speed_results(folder: Path) -> tuple[dict, dict[str, dict]]:
-    """(the run that the table shows, the runs of `OTHER_RUNS` that are there)."""
+    """The run that the table shows, and the existing runs among `OTHER_RUNS`."""
     others = {end: folder / f"bench_inference_{end}.json" for end in OTHER_RUNS}
     found = {end: json.loads(path.read_text()) for end, path in others.items() if path.exists()}
     return json.loads((folder / "bench_inference.json").read_text()), found
@@ -220,7 +220,7 @@ def images_table(folder: Path) -> str:
 
 
 def documents() -> dict[str, dict[str, str]]:
-    """The generated blocks of every Markdown file that has some: {path from the root: {block's name: text}}."""
+    """The generated blocks of each Markdown file: {path from the root: {block's name: text}}."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("quickstart*.json"))]
     benchmark, others = speed_results(RESULTS)
     quickstart, training, orders, fsg = (
@@ -240,7 +240,7 @@ def documents() -> dict[str, dict[str, str]]:
 
 
 def updated(text: str, blocks: dict[str, str], file: str = "README.md") -> str:
-    """The text of `file` with its generated blocks as the committed figures have them."""
+    """The text of `file` with its blocks generated from the committed figures."""
     for name, block in blocks.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, block=block: f"{match[1]}{block}\n{match[2]}", text)

@@ -1,4 +1,4 @@
-"""Write model_cards/ anew: a card for each full run of the quick start whose figures are in scripts/benchmarks/results.
+"""Rewrite model_cards/: a card for each full run of the quick start with figures in scripts/benchmarks/results.
 
 python scripts/benchmarks/write_model_cards.py
 """
@@ -7,10 +7,9 @@ import argparse
 import json
 from pathlib import Path
 
-from quickstart_results import HUB_MODEL, method_name, table
-
 from hf_bnn import BinaryBertConfig, BinaryBertForSequenceClassification
 from hf_bnn.model_card import Facts, description, usage
+from hf_bnn.tasks.quickstart_results import HUB_MODEL, method_name, table
 
 ROOT = Path(__file__).parents[2]
 RESULTS, CARDS = Path(__file__).parent / "results", ROOT / "model_cards"
@@ -28,7 +27,7 @@ tags:
 
 
 def card(results: dict, name: str) -> str:
-    """The card of the run with these results, Markdown."""
+    """The Markdown card of the run with these results."""
     chosen, versions = results["arguments"], results["versions"]
     structure = {key: chosen[key] for key in ("binarize", "attention", "embeddings")}
     config = BinaryBertConfig(**structure).to_dict()
@@ -56,7 +55,7 @@ One run, seed {results["seed"]}, after the last step of training; {machine}.
 
 
 def cards() -> dict[str, str]:
-    """File names and texts."""
+    """The cards' texts by file name."""
     runs = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("quickstart*.json"))}
     return {f"{name}.md": card(results, name) for name, results in runs.items()}
 

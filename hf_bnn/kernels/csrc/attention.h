@@ -1,138 +1,66 @@
-/* Which tokens a query attends to, written once for all instruction sets. LANES queries at a time meet one token after
- * the other, so that their sums need no order between lanes. The file that includes this has included tile.h and says
- *
- *   add_exponentials(sums, s, counts, masks, shut, bit)   sums + the exponentials of so many differences, in each
- *                                                         lane; with `masks`, not where shut & bit is set
- *   set_where(bits, counts, limits, bit)                  bits | bit where counts >= limits
- */
+/* What the packing of attention's operands (attention_pack.c) and its products (attention.c) share. */
+#ifndef HF_BNN_ATTENTION_H
+#define HF_BNN_ATTENTION_H
 
-/* In lane i < count: from[i * step]. */
-INLINE words gather_words(const uint32_t *from, int64_t step, int64_t count)
+#include "kernels.h"
+
+/* Of a row of a mask: the number of tokens up to the last one that is not masked, and whether none of them is. */
+struct span {
+    int32_t end, whole;
+};
+
+struct attention {
+    const struct instruction_set *set;
+    const struct attention_shape *shape;
+    const float *query, *key, *value, *mask;
+    const float *levels;
+    struct scores scores; /* without keys */
+    int64_t token_words;
+    int64_t mask_steps[3]; /* of `masked`, in rows; 0 where rows are the same */
+    uint32_t *keys;        /* [head][token][word] */
+    uint32_t *values;      /* [head] panels */
+    uint32_t *masked;      /* [mask row][word] or NULL */
+    struct span *spans;    /* [mask row] */
+    float *scale, *shift;  /* [size], [head][size] */
+    float *out;
+    uint8_t *unsure;
+    int failed, other_mask;
+};
+
+/* Words in the panels of the values of a head. */
+static inline int64_t value_words(const struct attention *a)
 {
-    uint32_t found[LANES] = {0};
-    for (int64_t i = 0; i < count; i++) {
-        found[i] = from[i * step];
-    }
-    return LOAD(words, found);
+    return divide_up(a->shape->size, PANEL) * PANEL * a->token_words;
 }
 
-/* The differences of all queries to the token `key` go to `counts`; their exponentials are added to `sums`. */
-INLINE floats meet_token(const int W, const int softmax, const int masks, const struct scores *s, const words *queries,
-                         const uint32_t *key, words shut, uint32_t bit, uint32_t *counts, floats sums)
+/* Words in the bits of a query or key. */
+static inline int64_t head_words(int64_t size) { return words_of(size) <= 4 ? words_of(size) : MOST_HEAD_WORDS; }
+
+/* Memory that pack_values needs, in words. */
+static inline int64_t spare_words(const struct attention *a)
 {
-    words found = {0};
-    UNROLL for (int w = 0; w < W; w++) found = add_counts(found, count_bits(queries[w] ^ all_words(key[w])));
-    found = per_word(found);
-    STORE(counts, found);
-    return softmax ? add_exponentials(sums, s, found, masks, shut, bit) : sums;
+    return (a->shape->size + 1) * a->token_words + 2 * a->shape->size;
 }
 
-/* Fills `counts`, [tokens][LANES]. Returns the sums of the softmaxes: of 32 tokens four short sums, so that a sum of
- * n numbers is off by no more than n / 32 + 10 roundings. */
-INLINE floats meet_tokens(const int W, const int softmax, const int masks, const struct scores *s,
-                          const uint32_t *from, int64_t count, const uint32_t *masked, int64_t masked_step,
-                          uint32_t *counts)
-{
-    words queries[MOST_HEAD_WORDS];
-    UNROLL for (int w = 0; w < W; w++) queries[w] = gather_words(from + w, W, count);
-    const uint32_t *key = s->keys;
-    floats total = {0};
-    for (int64_t first = 0; first < s->tokens; first += 32) {
-        const int64_t here = smaller(32, s->tokens - first);
-        floats sums[4] = {{0}};
-        words shut = masks ? gather_words(masked + first / 32, masked_step, count) : (words){0};
-        int64_t j = 0;
-        for (; j + 4 <= here; j += 4, shut >>= 4) {
-            UNROLL for (int i = 0; i < 4; i++, key += W, counts += LANES) {
-                sums[i] = meet_token(W, softmax, masks, s, queries, key, shut, 1u << i, counts, sums[i]);
-            }
-        }
-        for (; j < here; j++, shut >>= 1, key += W, counts += LANES) {
-            sums[0] = meet_token(W, softmax, masks, s, queries, key, shut, 1, counts, sums[0]);
-        }
-        total += (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    }
-    return total;
-}
+/* Packs rows of a head into rows of scores.words words, not in pairs. */
+void pack_head(const struct attention *a, const float *x, int64_t step, int64_t rows, const float *threshold,
+               uint32_t *out);
 
-/* Bit j: the query in this lane does not attend to token first + j. */
-INLINE words low_bits(const struct scores *s, const uint32_t *counts, integers limits, const uint32_t *masked,
-                      int64_t masked_step, int64_t count, int64_t first)
-{
-    const int64_t here = smaller(32, s->tokens - first);
-    words bits = masked && first < s->all_tokens ? gather_words(masked + first / 32, masked_step, count) : (words){0};
-    counts += first * LANES;
-    if (here == 32) { /* a case of its own: each bit is a constant */
-        UNROLL for (int j = 0; j < 16; j++) bits = set_where(bits, counts + j * LANES, limits, 1u << j);
-        UNROLL for (int j = 16; j < 32; j++) bits = set_where(bits, counts + j * LANES, limits, 1u << j);
-    } else {
-        for (int64_t j = 0; j < here; j++) bits = set_where(bits, counts + j * LANES, limits, 1u << j);
-    }
-    return bits;
-}
+/* Multiplies a block of rows of token bits by the values of a head. */
+void sum_values(const struct attention *a, const uint32_t *panels, const struct block *block, const float *scale,
+                int64_t out_step, float *out);
 
-/* How many differences, at least, make a probability low. Of none up to s->size differences, each has a probability;
- * where one of them is too close to the threshold, `unsure` is set. */
-INLINE integers find_limits(const struct scores *s, floats sums, int64_t count, uint8_t *unsure)
-{
-    const floats high = sums * (s->threshold * (1 + s->tolerance)), low = sums * (s->threshold * (1 - s->tolerance));
-    integers certain = {0}, possible = {0};
-    for (int64_t c = 0; c <= s->size; c++) {
-        const floats e = all_floats(s->exponentials[c]);
-        certain -= (integers)(e >= high);
-        possible -= (integers)(e >= low);
-    }
-    integers doubtful = (certain != possible) | (sums == (floats){0}); /* a sum of 0: all tokens are masked */
-    for (int64_t i = 0; i < count; i++) {
-        unsure[i] = doubtful[i] != 0;
-    }
-    return certain;
-}
+/* Packs the values of a head into panels. `shift`: their sums times a scale, the result for a query without a low
+ * probability. `spare`: spare_words() words of memory. */
+void pack_values(const struct attention *a, int64_t head, uint32_t *spare, uint32_t *panels, float *shift);
 
-/* At most LANES queries. W is a constant in every call. */
-INLINE void attend_some(const int W, const struct scores *s, const uint32_t *queries, int64_t count,
-                        const uint32_t *masked, int64_t masked_step, uint32_t *counts, uint32_t *out, int64_t out_step,
-                        uint8_t *unsure)
-{
-    integers limits = s->limit + (integers){0};
-    if (!s->softmax) {
-        meet_tokens(W, 0, 0, s, queries, count, NULL, 0, counts);
-        memset(unsure, 0, (size_t)count);
-    } else {
-        floats sums = s->masks ? meet_tokens(W, 1, 1, s, queries, count, masked, masked_step, counts)
-                               : meet_tokens(W, 1, 0, s, queries, count, NULL, 0, counts);
-        limits = find_limits(s, sums, count, unsure);
-    }
-    for (int64_t first = 0; first < s->all_tokens; first += PAIR_BITS) {
-        uint32_t pair[2][LANES];
-        words bits = low_bits(s, counts, limits, masked, masked_step, count, first);
-        STORE(pair[0], bits);
-        bits ^= low_bits(s, counts, limits, masked, masked_step, count, first + 32);
-        STORE(pair[1], bits);
-        for (int64_t i = 0; i < count; i++) {
-            out[i * out_step + first / 32] = pair[0][i];
-            out[i * out_step + first / 32 + 1] = pair[1][i];
-        }
-    }
-}
+void pack_keys(const struct attention *a, int64_t head, uint32_t *keys);
 
-#define ATTEND(W)                                                                                                   \
-    TARGET static __attribute__((noinline)) void attend_##W(                                                        \
-        const struct scores *s, const uint32_t *queries, int64_t count, const uint32_t *masked, int64_t masked_step, \
-        uint32_t *counts, uint32_t *out, int64_t out_step, uint8_t *unsure)                                         \
-    {                                                                                                               \
-        attend_some(W, s, queries, count, masked, masked_step, counts, out, out_step, unsure);                      \
-    }
-ATTEND(2)
-ATTEND(4)
-ATTEND(8)
+/* For for_range: all heads of [begin, end). Sets `failed` if memory is short. */
+void pack_keys_and_values(int64_t begin, int64_t end, void *context);
 
-TARGET static void attend(const struct scores *s, const uint32_t *queries, int64_t count, const uint32_t *masked,
-                          int64_t masked_step, uint32_t *counts, uint32_t *out, int64_t out_step, uint8_t *unsure)
-{
-    for (int64_t i = 0; i < count; i += LANES) {
-        (s->words == 2 ? attend_2 : s->words == 4 ? attend_4 : attend_8)(
-            s, queries + i * s->words, smaller(LANES, count - i), masked ? masked + i * masked_step : NULL, masked_step,
-            counts, out + i * out_step, out_step, unsure + i);
-    }
-}
+/* For for_range: rows of the mask, with their spans. Sets `other_mask` if a row holds numbers other than 0 and those
+ * that exclude a token. */
+void pack_mask(int64_t begin, int64_t end, void *context);
+
+#endif

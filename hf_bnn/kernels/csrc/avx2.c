@@ -5,7 +5,7 @@
 #define LANES 8
 #define TILE_VECTORS 2
 #define COUNTS_WORDS 0
-#include "vectors.h"
+#include "vectors.inc"
 
 INLINE words carry(words t, words s, words z)
 {
@@ -35,6 +35,7 @@ INLINE uint32_t signs_of_32(const float *x, const float *t, const int step)
 
 #define LOOK_UP(table, indices) ((floats)_mm256_i32gather_ps((table), (__m256i)(indices), 4))
 
+#define LOOKS_UP_FLOATS
 INLINE floats look_up(floats table, words v)
 {
     return (floats)_mm256_permutevar8x32_ps((__m256)table, (__m256i)v);
@@ -47,16 +48,7 @@ INLINE floats multiply_add(floats a, floats b, floats c)
     return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 
-#include "packing.h"
-#include "training.inc"
-#include "epilogue.h"
-#include "pooling.h"
-#include "tile.h"
-#include "weight_only_lookup.h"
-#include "plain_look_up.h"
-#include "attention.h"
-
-#include "instruction_set.h"
+#include "templates.inc"
 
 static int available(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 

@@ -4,14 +4,11 @@
 #define LANES 16
 #define TILE_VECTORS 4
 #define COUNTS_WORDS 1
-#include "avx512_common.h"
+#include "avx512_common.inc"
 
 INLINE words count_bits(words v) { return (words)_mm512_popcnt_epi32((__m512i)v); }
 
-#include "tile.h"
-#include "attention.h"
-
-#include "instruction_set.h"
+#include "templates.inc"
 
 static int available(void)
 {

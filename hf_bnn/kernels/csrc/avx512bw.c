@@ -4,7 +4,7 @@
 #define LANES 16
 #define TILE_VECTORS 4
 #define COUNTS_WORDS 0
-#include "avx512_common.h"
+#include "avx512_common.inc"
 
 INLINE words count_bits(words v)
 {
@@ -14,10 +14,7 @@ INLINE words count_bits(words v)
     return (words)_mm512_add_epi8(low, high);
 }
 
-#include "tile.h"
-#include "attention.h"
-
-#include "instruction_set.h"
+#include "templates.inc"
 
 static int available(void) { return has_avx512(); }
 

@@ -3,85 +3,12 @@
  * Images become bits with their channels last and a border of bits 0, so that a window is a few runs of consecutive
  * words. Bits 0 stand for +1, but padding is exactly zero: border pixels subtract the sum of the weights that lie in
  * the padding, which they take from a table of sums over corner rectangles of the kernel.
+ *
+ * The windows are multiplied by `multiply` in tile.inc, which every instruction set (avx2.c, ...) compiles for itself.
  */
 #include <stdlib.h>
 
-#include "kernels.h"
-
-/* The range [first, last) of a kernel's rows (or columns) that hit the image, and which outputs share it. */
-struct range {
-    int64_t first, last;
-};
-
-struct conv2d {
-    const struct instruction_set *set;
-    const struct conv2d_shape *shape;
-    const struct conv2d_layer *layer; /* with its epilogue, or NULL */
-    int finishes;                     /* whether the epilogue does anything, or bits are wanted */
-    const float *x;
-    const uint32_t *in_bits; /* of the input if `x` is NULL: [pixel][word] */
-    const float *shortcut;
-    struct threshold threshold;
-    struct product product; /* of the first group */
-    const float *offsets;   /* [row class][column class][outputs] */
-    const int32_t *missing; /* the same */
-    int64_t *row_class, *column_class;
-    struct range *rows, *columns;
-    int64_t row_classes, column_classes;
-    float *out;
-    uint32_t *out_bits; /* [pixel][word], of signs against `next_threshold` */
-    struct threshold next_threshold;
-    uint32_t *bits; /* [batch][padded height][padded width][groups][words] */
-    int64_t group_words, pixel_words, padded_height, padded_width;
-    int64_t rows_per_part, parts_per_image, pixels_per_block;
-    int failed;
-};
-
-static int64_t clamped(int64_t value, int64_t low, int64_t high)
-{
-    return value < low ? low : value > high ? high : value;
-}
-
-/* Rounds up for negative numbers, too. */
-static int64_t ceiling(int64_t a, int64_t b) { return a > 0 ? divide_up(a, b) : -(-a / b); }
-
-/* Sorts the outputs along one axis into classes that see the same range of the kernel; returns how many there are. */
-static int64_t classify(const struct conv2d_shape *s, int axis, int64_t *class_of, struct range *ranges)
-{
-    int64_t size = axis ? s->width : s->height, count = axis ? s->out_width : s->out_height, classes = 0;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t start = i * s->stride[axis] - s->padding[axis], k = s->kernel[axis], d = s->dilation[axis];
-        struct range r = {clamped(ceiling(-start, d), 0, k), clamped(ceiling(size - start, d), 0, k)};
-        r.last = r.last < r.first ? r.first : r.last;
-        int64_t c = 0;
-        while (c < classes && (ranges[c].first != r.first || ranges[c].last != r.last)) {
-            c++;
-        }
-        ranges[c] = r;
-        class_of[i] = c;
-        classes = c == classes ? classes + 1 : classes;
-    }
-    return classes;
-}
-
-/* `corners`: [kh + 1][kw + 1][outputs], sums of the weights above and left of a corner. */
-static void fill_border_tables(const struct conv2d *c, const int32_t *corners, const float *shift, const float *bias,
-                               float *offsets, int32_t *missing)
-{
-    const int64_t n = c->shape->outputs, line = c->shape->kernel[1] + 1;
-    const int32_t *all = corners + (line * c->shape->kernel[0] + c->shape->kernel[1]) * n;
-    for (int64_t i = 0; i < c->row_classes * c->column_classes; i++) {
-        struct range y = c->rows[i / c->column_classes], x = c->columns[i % c->column_classes];
-        const int32_t *last = corners + (y.last * line + x.last) * n, *left = corners + (y.last * line + x.first) * n;
-        const int32_t *above = corners + (y.first * line + x.last) * n;
-        const int32_t *both = corners + (y.first * line + x.first) * n;
-        for (int64_t k = 0; k < n; k++) {
-            int32_t seen = last[k] - left[k] - above[k] + both[k];
-            missing[i * n + k] = all[k] - seen;
-            offsets[i * n + k] = shift ? (float)seen * shift[k] + bias[k] : bias[k];
-        }
-    }
-}
+#include "conv2d.h"
 
 static uint32_t *padded_row(const struct conv2d *c, int64_t image, int64_t row)
 {

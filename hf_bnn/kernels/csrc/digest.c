@@ -1,5 +1,5 @@
-/* A number that tells whether memory has changed. Reads as fast as memory gives: sums, and sums of sums, which order
- * changes, in eight lanes. */
+/* A digest that detects changes of memory. It keeps sums and sums of sums, which depend on the order, in eight lanes,
+ * and reads at the speed of memory. */
 #include <string.h>
 
 #include "hf_bnn.h"

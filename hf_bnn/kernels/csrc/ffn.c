@@ -1,4 +1,4 @@
-/* Two binary layers whose hidden values are only looked at through their signs, and never leave the nearest cache. */
+/* Two binary layers. Of the hidden values only signs are kept; the values never leave the nearest cache. */
 #include <stdlib.h>
 
 #include "kernels.h"
@@ -39,7 +39,7 @@ static void find_hidden_bits(const struct ffn *f, const struct block *block, uin
         f->set->multiply_linear(&product, block, panel, panel + divide_up(count, PANEL), values);
         f->set->pack_rows(values, CHUNK, block->count, count, (struct threshold){&f->plan->high, 0}, to, step);
         f->set->pack_rows(values, CHUNK, block->count, count, (struct threshold){&f->plan->low, 0}, below, 2);
-        for (int64_t row = 0; row < block->count; row++) { /* what is < low is < high, too */
+        for (int64_t row = 0; row < block->count; row++) { /* a value < low is also < high */
             uint32_t *pair = to + row * step, before = column ? pair[-1] : 0;
             pair[0] ^= below[2 * row] ^ before;
             pair[1] ^= below[2 * row + 1] ^ before;

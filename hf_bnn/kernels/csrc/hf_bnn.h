@@ -1,4 +1,4 @@
-/* The functions that Python calls (hf_bnn/kernels/library.py has the same signatures).
+/* The functions that Python calls (`declare` in hf_bnn/kernels states the same signatures).
  *
  * `set` is the number of an instruction set. `pool` is torch's function or NULL, for one thread. Products return OK or
  * OUT_OF_MEMORY. `offset` and `bias` have a number for each output, -0.0 where nothing is to be added: x + -0.0 is x
@@ -11,14 +11,14 @@
 
 #define EXPORTED __attribute__((visibility("default")))
 
-/* The latter two of attention only. */
+/* The last two are returned by attention only. */
 enum { OK = 0, OUT_OF_MEMORY = 1, UNSURE = 2, NOT_TAKEN = 3 };
 
 /* Of torch's C interface: calls f(begin, end, context) for parts of [begin, end) on torch's threads. */
 typedef void (*range_function)(int64_t begin, int64_t end, void *context);
 typedef int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, range_function f, void *context);
 
-/* What no call of a linear layer changes, in the order of the fields of hf_bnn/kernels/library.py, LinearPlan. */
+/* What no call of a linear layer changes, in the order of the fields of LinearPlan in hf_bnn/kernels/library.py. */
 struct linear_plan {
     int64_t set;
     parallel_for pool;
@@ -36,7 +36,7 @@ struct ffn_plan {
     float low, high;
 };
 
-/* In the order of the fields of hf_bnn/kernels/library.py, Conv2dShape. */
+/* In the order of the fields of Conv2dShape in hf_bnn/kernels/conv2d.py. */
 struct conv2d_shape {
     int64_t batch, channels, height, width;                 /* of the input */
     int64_t image_step, channel_step, row_step, pixel_step; /* of the input, in floats; channel or pixel step is 1 */
@@ -44,20 +44,20 @@ struct conv2d_shape {
     int64_t out_height, out_width;
 };
 
-/* In the order of the fields of hf_bnn/kernels/library.py, AttentionShape. Steps are in floats, from one batch, head
+/* In the order of the fields of AttentionShape in hf_bnn/kernels/attention.py. Steps are in floats, from a batch, head
  * and token to the next; 0 where a mask is the same for all. */
 struct attention_shape {
     int64_t batch, heads, queries, keys, size;
     int64_t query_steps[3], key_steps[3], value_steps[3], mask_steps[3];
 };
 
-/* Some memory, in the order of the fields of hf_bnn/kernels/library.py, MemorySpan. */
+/* Some memory, in the order of the fields of MemorySpan in hf_bnn/kernels/sources.py. */
 struct memory_span {
     const void *data;
     int64_t bytes;
 };
 
-/* In the order of the fields of hf_bnn/kernels/library.py, PoolShape. Every window has a pixel of the image. */
+/* In the order of the fields of PoolShape in hf_bnn/kernels/pooling.py. Every window has a pixel of the image. */
 struct pool_shape {
     int64_t batch, height, width, channels; /* of the input, NHWC without gaps */
     int64_t kernel[2], stride[2], padding[2], out_height, out_width;
@@ -73,7 +73,7 @@ struct conv2d_epilogue {
     int64_t fused; /* whether multiplication and addition of a normalization are rounded once, as FMA does it */
 };
 
-/* In the order of the fields of hf_bnn/kernels/library.py, Conv2dLayer: what does not change from call to call. */
+/* In the order of the fields of Conv2dLayer in hf_bnn/kernels/planned_block.py: what calls have in common. */
 struct conv2d_layer {
     struct conv2d_shape shape; /* groups is 1 */
     const float *threshold;
@@ -84,7 +84,7 @@ struct conv2d_layer {
     struct conv2d_epilogue epilogue;
 };
 
-/* Raised with every change of a function here: a library built from older sources is not called. */
+/* Raised with every change of a function or structure here: Python refuses a library built from older sources. */
 EXPORTED int64_t hf_bnn_interface(void);
 
 /* The name of the i-th instruction set, best first; NULL after the last one. */
@@ -97,15 +97,11 @@ EXPORTED int hf_bnn_available(int64_t i);
 EXPORTED int hf_bnn_linear(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
                            int64_t threads, float *out);
 
-/* The same with a scale for each row: (sum * scale) * row_scale + offset. The plan's own offset adds nothing. */
-EXPORTED int hf_bnn_linear_row_scaled(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
-                                      int64_t threads, const float *row_scale, const float *offset, float *out);
-
-/* The first for inputs that stay floats. */
+/* The same for inputs that stay floats. */
 EXPORTED int hf_bnn_linear_weight_only(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
                                        int64_t threads, float *out);
 
-/* Two products. */
+/* Two linear layers with an interval of hidden values between them. */
 EXPORTED int hf_bnn_ffn(const struct ffn_plan *plan, const float *x, int64_t row_step, int64_t rows, int64_t threads,
                         float *out);
 
@@ -136,19 +132,18 @@ EXPORTED int hf_bnn_attention_context(int64_t set, const struct attention_shape 
                                       const float *levels, const float *weights, const int64_t *rows, int64_t count,
                                       float *out);
 
-/* The same with what follows a convolution. The input is floats `x` or, where `x` is NULL, bits [pixel][word]. The
- * output is NHWC floats, or the bits [pixel][word] of the next layer, whose `next_threshold` is one number or one per
- * output, or both; NULL: that one is not wanted. `shortcut`: NHWC floats, shortcut_group for
- * each of the output's, or NULL; it may be `out` itself. */
+/* A convolution and what follows it. The input is floats `x` or, if `x` is NULL, bits [pixel][word]. The output is NHWC
+ * floats `out`, or bits [pixel][word] against `next_threshold`, which is one number or one per output, or both; NULL
+ * leaves one out. `shortcut`: NHWC floats, shortcut_group for each output, or NULL. It may be `out` itself. */
 EXPORTED int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads, const struct conv2d_layer *layer,
                                  const float *x, const uint32_t *bits, const float *shortcut, float *out,
                                  uint32_t *out_bits, const float *next_threshold, int next_per_output);
 
 /* The largest value of each window, or NaN if it has one, times alpha plus beta. NHWC floats. */
-EXPORTED int hf_bnn_max_pool(int64_t set, parallel_for pool, int64_t threads, const struct pool_shape *shape,
-                             const float *x, const float *alpha, const float *beta, int fused, float *out);
+EXPORTED int hf_bnn_max_pool(int64_t set, parallel_for pool, const struct pool_shape *shape, const float *x,
+                             const float *alpha, const float *beta, int fused, float *out);
 
-/* Elementwise functions of training steps. Bits: bit i of word n belongs to element 32 * n + i, 0 behind the last. Bytes: int8. */
+/* Elementwise functions of training steps. Bit i of word n belongs to element 32 * n + i; bytes are int8. */
 enum {
     SIGNS,          /* floats: -1 where x < 0, else +1 */
     SIGN_BITS,      /* bits: 1 where x < 0 */
@@ -173,7 +168,7 @@ EXPORTED int hf_bnn_pack_weight(int64_t set, parallel_for pool, const float *x, 
 EXPORTED int hf_bnn_sign_products(int64_t set, parallel_for pool, const float *left, const float *right, int64_t batch,
                                   int64_t rows, int64_t inputs, int64_t outputs, float *out);
 
-/* A number that changes with any of these bytes. */
+/* A digest of these bytes. */
 EXPORTED uint64_t hf_bnn_digest(const struct memory_span *spans, int64_t count);
 
 /* For benchmarks: counts differing bits in registers; returns how many it compared, 0 if the processor cannot. */

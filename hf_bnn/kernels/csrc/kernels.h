@@ -2,8 +2,8 @@
  *
  * Bits. Bit 1 stands for -1. With K inputs, sum(w * x) = K - 2 * popcount(w ^ x).
  *
- * Prefix parity. Words of 32 bits are stored as prefixes, x1' = x1, x2' = x1 ^ x2, x3' = x1 ^ x2 ^ x3 and so on,
- * weights and activations alike. With d = w ^ x, w2' ^ x2' is, for each bit position, the parity of the differences seen
+ * Prefix parity. Words of 32 bits, of weights and activations alike, are stored as prefixes: x1' = x1, x2' = x1 ^ x2,
+ * x3' = x1 ^ x2 ^ x3 and so on. With d = w ^ x, w2' ^ x2' is, for each bit position, the parity of the differences seen
  * so far. A loop over pairs of words keeps it in z:
  *     t = w1' ^ x1'                      parity after the first word of a pair
  *     s = w2' ^ x2'                      parity after the second one

@@ -9,7 +9,6 @@ struct linear {
     const struct linear_plan *plan;
     const struct instruction_set *set;
     const float *x;
-    const float *row_scale, *row_offset; /* of rows that are scaled: then the plan's offset adds nothing */
     int64_t row_step, rows;
     struct product product;
     float *out;
@@ -27,14 +26,6 @@ static void pack(const struct linear *l, int64_t part, int64_t first, int64_t co
                         l->product.run_words);
 }
 
-/* What is left of the epilogue while the row is in the cache: each operation rounded. */
-static void scale_row(float scale, const float *offset, int64_t count, float *out)
-{
-    for (int64_t i = 0; i < count; i++) {
-        out[i] = out[i] * scale + offset[i];
-    }
-}
-
 static void multiply_rows(const struct linear *l, int64_t first, int64_t count, const uint32_t *bits,
                           int64_t first_panel, int64_t last_panel)
 {
@@ -45,14 +36,8 @@ static void multiply_rows(const struct linear *l, int64_t first, int64_t count, 
         block.offsets[i] = l->plan->offset;
         block.missing[i] = NULL;
     }
-    float *out = l->out + first * l->plan->outputs + first_panel * PANEL;
-    l->set->multiply_linear(&l->product, &block, first_panel, last_panel, out);
-    if (l->row_scale) {
-        const int64_t column = first_panel * PANEL, columns = smaller(last_panel * PANEL, l->plan->outputs) - column;
-        for (int64_t i = 0; i < count; i++) {
-            scale_row(l->row_scale[first + i], l->row_offset + column, columns, out + i * l->plan->outputs);
-        }
-    }
+    l->set->multiply_linear(&l->product, &block, first_panel, last_panel,
+                            l->out + first * l->plan->outputs + first_panel * PANEL);
 }
 
 /* Parts of many rows: each packs its own block of them, which then lies in the nearest cache. */
@@ -89,8 +74,8 @@ static void ranges_of_panels(int64_t begin, int64_t end, void *context)
     }
 }
 
-static int run(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows, int64_t threads,
-               const float *row_scale, const float *row_offset, float *out)
+int hf_bnn_linear(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows, int64_t threads,
+                  float *out)
 {
     const parallel_for pool = threads > 1 ? plan->pool : NULL;
     const int64_t run = 0, words = words_of(plan->inputs), panels = divide_up(plan->outputs, PANEL);
@@ -98,8 +83,6 @@ static int run(const struct linear_plan *plan, const float *x, int64_t row_step,
         .plan = plan,
         .set = instruction_set(plan->set),
         .x = x,
-        .row_scale = row_scale,
-        .row_offset = row_offset,
         .row_step = row_step,
         .rows = rows,
         .product = {plan->weights, plan->inputs, plan->outputs, &run, 1, words, plan->scale, plan->outputs},
@@ -123,16 +106,4 @@ static int run(const struct linear_plan *plan, const float *x, int64_t row_step,
     for_range(pool, panels ? threads : 0, ranges_of_panels, &l);
     free(l.bits);
     return OK;
-}
-
-int hf_bnn_linear(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows, int64_t threads,
-                  float *out)
-{
-    return run(plan, x, row_step, rows, threads, NULL, NULL, out);
-}
-
-int hf_bnn_linear_row_scaled(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
-                             int64_t threads, const float *row_scale, const float *offset, float *out)
-{
-    return run(plan, x, row_step, rows, threads, row_scale, offset, out);
 }

@@ -5,7 +5,7 @@
 #define LANES 4
 #define TILE_VECTORS 4
 #define COUNTS_WORDS 0
-#include "vectors.h"
+#include "vectors.inc"
 
 INLINE words carry(words t, words s, words z)
 {
@@ -33,17 +33,7 @@ INLINE floats multiply_add(floats a, floats b, floats c)
     return (floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 
-#include "packing.h"
-#include "training.inc"
-#include "epilogue.h"
-#include "pooling.h"
-#include "tile.h"
-#include "weight_only.h"
-
-#include "plain_look_up.h"
-#include "attention.h"
-
-#include "instruction_set.h"
+#include "templates.inc"
 
 static int available(void) { return 1; }
 

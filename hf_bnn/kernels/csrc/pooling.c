@@ -20,11 +20,10 @@ static void pool_rows(int64_t begin, int64_t end, void *context)
     }
 }
 
-int hf_bnn_max_pool(int64_t set, parallel_for pool, int64_t threads, const struct pool_shape *shape, const float *x,
+int hf_bnn_max_pool(int64_t set, parallel_for pool, const struct pool_shape *shape, const float *x,
                     const float *alpha, const float *beta, int fused, float *out)
 {
     struct pooling p = {instruction_set(set), shape, x, alpha, beta, fused, out};
-    (void)threads;
     for_range(pool, shape->batch * shape->out_height, pool_rows, &p);
     return OK;
 }

@@ -3,8 +3,8 @@
 #define LANES 4
 #define TILE_VECTORS 2
 #define COUNTS_WORDS 0
-#include "vectors.h"
-#include "plain_bits.h"
+#include "vectors.inc"
+#include "plain_bits.inc"
 
 /* Sums of neighbouring bits, then of pairs, then of half bytes. */
 INLINE words count_bits(words v)
@@ -14,17 +14,7 @@ INLINE words count_bits(words v)
     return (v + (v >> 4)) & 0x0f0f0f0f;
 }
 
-#include "packing.h"
-#include "training.inc"
-#include "epilogue.h"
-#include "pooling.h"
-#include "tile.h"
-#include "weight_only.h"
-
-#include "plain_look_up.h"
-#include "attention.h"
-
-#include "instruction_set.h"
+#include "templates.inc"
 
 static int available(void) { return 1; }
 

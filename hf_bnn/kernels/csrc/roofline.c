@@ -1,4 +1,4 @@
-/* What benchmarks compare with: how fast this processor counts differing bits if memory costs nothing. */
+/* The speed at which this processor counts differing bits in registers: a bound with which benchmarks compare. */
 #include "hf_bnn.h"
 
 #if defined(__x86_64__)

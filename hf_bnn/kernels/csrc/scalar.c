@@ -4,8 +4,8 @@
 #define LANES 4
 #define TILE_VECTORS 2
 #define COUNTS_WORDS 1
-#include "vectors.h"
-#include "plain_bits.h"
+#include "vectors.inc"
+#include "plain_bits.inc"
 
 INLINE words count_bits(words v)
 {
@@ -13,17 +13,7 @@ INLINE words count_bits(words v)
                    (uint32_t)__builtin_popcount(v[2]), (uint32_t)__builtin_popcount(v[3])};
 }
 
-#include "packing.h"
-#include "training.inc"
-#include "epilogue.h"
-#include "pooling.h"
-#include "tile.h"
-#include "weight_only.h"
-
-#include "plain_look_up.h"
-#include "attention.h"
-
-#include "instruction_set.h"
+#include "templates.inc"
 
 static int available(void) { return __builtin_cpu_supports("popcnt"); }
 

@@ -31,7 +31,7 @@ static void multiply_panels(int64_t begin, int64_t end, void *context)
                             w->out);
 }
 
-/* A few rows at a time: what is prepared of them stays in the cache. */
+/* Takes a few rows at a time, so that their prepared inputs stay in the cache. */
 int hf_bnn_linear_weight_only(const struct linear_plan *plan, const float *x, int64_t row_step, int64_t rows,
                               int64_t threads, float *out)
 {

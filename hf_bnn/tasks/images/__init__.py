@@ -1,1 +1,1 @@
-"""Image classification: datasets of the Hub or on disk, folders of images, streams."""
+"""Image classification on datasets of the Hub or on disk, folders of images, or streams."""

@@ -1,4 +1,4 @@
-"""The command line of run_image_classification.py."""
+"""The command-line arguments of an image run."""
 
 from __future__ import annotations
 
@@ -9,54 +9,49 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ...training.arguments import BinaryTrainingArguments
-from ..argument_checks import (
-    OutputArguments,
-    check_kind_of_training,
-    check_limits,
-    check_output_dir,
-)
+from ..argument_checks import check_doing, check_kind_of_training, check_limits, check_output_dir
+from ..arguments import OutputArguments, SharedDataArguments, SharedModelArguments
 from ..commandline import Parser
 from ..errors import UsageError
 
-STRUCTURE = ("binarize", "attention", "levels", "weight_scaling")
 PAIR = re.compile(r"\s*(\w+)\s*=\s*(\[[^\]]*\]|[^,\[\]]*)\s*(?:,|$)")
 
 
 @dataclass
-class DataTrainingArguments:
-    """What the model is trained and evaluated on, and what training does to the images."""
+class DataTrainingArguments(SharedDataArguments):
+    """The images that the model is trained and evaluated on, and how training alters them."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A dataset of the Hub, e.g. uoft-cs/cifar10, or a folder with one."}
+    train_dir: str | None = field(
+        default=None, metadata={"help": "A folder with one subfolder of training images per class."}
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
-    train_dir: str | None = field(default=None, metadata={"help": "A folder of images, in one folder per class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "Of the same kind as train_dir."})
+    validation_dir: str | None = field(
+        default=None, metadata={"help": "A folder like train_dir, with the images to evaluate on."}
+    )
     test_dir: str | None = field(
-        default=None, metadata={"help": "For --do_predict: a folder of images, and of folders of them, without labels."}
+        default=None,
+        metadata={"help": "For --do_predict: a folder of images without labels, which may have subfolders."},
     )
     test_split_name: str = field(
-        default="test", metadata={"help": "For --do_predict without a test_dir: the split; needs no labels."}
+        default="test",
+        metadata={"help": "For --do_predict without --test_dir: the dataset's split. It needs no labels."},
     )
     validation_split_name: str | None = field(
         default=None, metadata={"help": "The split to evaluate on. Default: validation."}
     )
     train_val_split: float | None = field(
-        default=None, metadata={"help": "Cut this share (0 to 1) off the training data, to evaluate on."}
+        default=None, metadata={"help": "Split this fraction (0 to 1) off the training data, to evaluate on."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on N examples only, drawn by seed."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate N examples only, drawn by seed."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first N images only."})
     image_column_name: str | None = field(
-        default=None, metadata={"help": "The column of the images. Default: the only one that holds any."}
+        default=None, metadata={"help": "The column of the images. Default: the only one that holds images."}
     )
     label_column_name: str = field(default="label", metadata={"help": "The column of the labels: integers or strings."})
     streaming: bool = field(
-        default=False, metadata={"help": "Read the dataset while training, without storing it. Needs --max_steps."}
+        default=False,
+        metadata={"help": "Read the dataset during training instead of storing it. Needs --max_steps."},
     )
     shuffle_buffer: int = field(default=10_000, metadata={"help": "With --streaming: shuffle within N images."})
     images_in_memory_gb: float = field(
-        default=2.0, metadata={"help": "Keep the decoded images of a split if they take no more than this."}
+        default=2.0, metadata={"help": "Keep the decoded images of a split in memory up to this size."}
     )
     augmentation: Literal["auto", "cifar", "imagenet", "none"] = field(
         default="auto",
@@ -65,65 +60,58 @@ class DataTrainingArguments:
             "auto: cifar for images of at most 64 pixels, else imagenet."
         },
     )
-    crop_padding: int = field(default=4, metadata={"help": "Of the augmentation cifar: zeros around the image."})
-    crop_min_scale: float = field(default=0.08, metadata={"help": "Of imagenet: the least share of the area."})
-    flip_probability: float = field(default=0.5, metadata={"help": "Of a horizontal flip. 0 for digits and text."})
-    color_jitter: float = field(default=0.0, metadata={"help": "Strength, 0 to 1, of random colours."})
-    torchvision_transform: str | None = field(
-        default=None, metadata={"help": "A transform of torchvision before all others, e.g. TrivialAugmentWide."}
+    crop_padding: int = field(default=4, metadata={"help": "For cifar: pixels of zeros around the image."})
+    crop_min_scale: float = field(
+        default=0.08, metadata={"help": "For imagenet: the smallest crop's share of the area."}
     )
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Mix pairs of images by Beta(alpha, alpha). 0: do not."})
+    flip_probability: float = field(
+        default=0.5, metadata={"help": "Probability of a horizontal flip. 0 for digits and text."}
+    )
+    color_jitter: float = field(default=0.0, metadata={"help": "Strength of random colour changes, 0 to 1."})
+    torchvision_transform: str | None = field(
+        default=None,
+        metadata={"help": "A torchvision transform that runs before all others, e.g. TrivialAugmentWide."},
+    )
+    mixup_alpha: float = field(
+        default=0.0, metadata={"help": "Mix pairs of images with a share drawn from Beta(alpha, alpha). 0: off."}
+    )
 
 
 @dataclass
-class ModelArguments:
-    """Which model is trained, and what of it becomes binary."""
+class ModelArguments(SharedModelArguments):
+    """Which model is trained, and which parts of it become binary."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A float, latent or packed model: id or folder. Default: start from scratch."}
-    )
+    STRUCTURE = ("binarize", "attention", "levels", "weight_scaling")
+
     model_type: str | None = field(default=None, metadata={"help": "From scratch: vit, resnet, convnext, ..."})
-    config_name: str | None = field(default=None, metadata={"help": "From scratch: a config's id, folder or file."})
+    config_name: str | None = field(
+        default=None, metadata={"help": "From scratch: the Hub name, folder or file of a config."}
+    )
     config_overrides: str | None = field(
         default=None, metadata={"help": 'Fields of the config: "hidden_size=96,depths=[3,3,3]".'}
     )
-    image_processor_name: str | None = field(default=None, metadata={"help": "The processor, if it is elsewhere."})
-    image_size: int | None = field(default=None, metadata={"help": "From scratch: height and width of the input."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded."})
-    model_revision: str = field(default="main", metadata={"help": "A branch, tag or commit of the model."})
-    token: str | None = field(default=None, metadata={"help": "The Hub's token. Default: that of `hf auth login`."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Train a new head where the checkpoint's has another number of labels."}
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "The image processor, if it is stored elsewhere."}
     )
-    binarize: Literal["both", "weights", "activations", "none"] | None = field(
-        default=None, metadata={"help": "What becomes binary. none: train the float model. Default: both."}
+    image_size: int | None = field(
+        default=None, metadata={"help": "From scratch: height and width of the input, in pixels."}
     )
-    attention: Literal["float", "binary", "boolean"] | None = field(
-        default=None, metadata={"help": "The two attention products of a ViT. Default: float."}
+    levels: str | None = field(
+        default=None, metadata={"help": "The two values that a binary input takes: elastic, signed, ..."}
     )
-    levels: str | None = field(default=None, metadata={"help": "The values of binary inputs: elastic, signed, ..."})
     weight_scaling: Literal["channel", "layer", "none"] | None = field(
-        default=None, metadata={"help": "Binary weights have one scale per this. Default: channel."}
-    )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A trained classifier of the same labels and images to distil from."}
+        default=None, metadata={"help": "What shares one scale of the binary weights. Default: channel."}
     )
     two_step: bool = field(
-        default=False, metadata={"help": "Train with binary activations and float weights first, then with both."}
+        default=False,
+        metadata={"help": "Train with binary activations and float weights first, then with both binary."},
     )
     two_step_fraction: float = field(default=0.5, metadata={"help": "The first step's share of the training."})
 
     @property
-    def hub(self) -> dict[str, Any]:
-        """What every from_pretrained takes."""
-        return {"cache_dir": self.cache_dir, "token": self.token, "trust_remote_code": self.trust_remote_code}
-
-    @property
     def structure(self) -> dict[str, Any]:
-        """The fields of the config that were given."""
-        named = {name: getattr(self, name) for name in STRUCTURE if getattr(self, name) is not None}
-        return {**parse_overrides(self.config_overrides), **named}
+        """The fields of the config that were given. Named arguments override --config_overrides."""
+        return {**parse_overrides(self.config_overrides), **super().structure}
 
 
 class Arguments(NamedTuple):
@@ -136,7 +124,7 @@ class Arguments(NamedTuple):
 
 
 def parse_overrides(text: str | dict[str, Any] | None) -> dict[str, Any]:
-    """The fields in "name=value,name=[value,value]"; values as in json, else strings. A dictionary stays as it is."""
+    """The fields in "name=value,name=[value,value]"; values are JSON, else strings. Returns a dictionary unchanged."""
     if text is None or isinstance(text, dict):
         return text or {}
     found, end = {}, 0
@@ -161,7 +149,7 @@ def _value(text: str) -> Any:
 
 
 def parse(command_line: list[str] | None = None, description: str | None = None) -> Arguments:
-    """The arguments, checked as far as they can be without loading anything."""
+    """The parsed arguments. Raises UsageError for every mistake that shows before anything is loaded."""
     kinds = (ModelArguments, DataTrainingArguments, BinaryTrainingArguments, OutputArguments)
     arguments = Arguments(*Parser(kinds, description=description).parse(command_line))
     check_data_arguments(arguments.data, arguments.training)
@@ -171,9 +159,8 @@ def parse(command_line: list[str] | None = None, description: str | None = None)
 
 
 def check_data_arguments(data: DataTrainingArguments, training: BinaryTrainingArguments) -> None:
-    """Raise UsageError unless it is clear what to do and on which data."""
-    if not (training.do_train or training.do_eval or training.do_predict):
-        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
+    """Raise UsageError unless the arguments say what to do and on which data."""
+    check_doing(training)
     if training.do_predict and data.test_dir is None and (data.dataset_name is None or data.streaming):
         raise UsageError("--do_predict needs --test_dir, a folder of images; or --dataset_name without --streaming")
     labelled = training.do_train or training.do_eval
@@ -200,7 +187,7 @@ def check_data_arguments(data: DataTrainingArguments, training: BinaryTrainingAr
 
 
 def check_model_arguments(model: ModelArguments, training: BinaryTrainingArguments) -> None:
-    """Raise UsageError where arguments of the model contradict each other."""
+    """Raise UsageError if arguments of the model contradict each other."""
     given = [name for name in ("model_name_or_path", "config_name", "model_type") if getattr(model, name) is not None]
     if not given:
         raise UsageError("no model: give --model_name_or_path, or to start from scratch --model_type or --config_name")

@@ -1,266 +1,174 @@
-"""Datasets of pictures for Trainer: in memory, read when needed, or streamed; and the batches made of them."""
+"""Loads the splits of an image run: from the Hub, a dataset on disk, folders of images, or a stream."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+import logging
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
-from transformers import TrainerCallback
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from transformers import PreTrainedConfig
 
-from ..errors import UsageError
-from .transforms import MODES, Augmentation, Preprocessing, keys, uniforms
+from ..errors import UsageError, shown
+from ..labels import Labels, check_label_column
+from .arguments import Arguments, DataTrainingArguments
+from .labels import read_labels
 
-DECODER = datasets.Image()
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+logger = logging.getLogger(__name__)
 
-Item = dict[str, Any]  # pixels, label, and in training the key of what happened to it
+Splits = dict[
+    str, Any
+]  # "train", "validation" and "test" (without labels) -> Dataset, or an IterableDataset for a stream
+EXTENSIONS = tuple(ImageFolder.EXTENSIONS)
 
 
-def picture(value: dict[str, Any] | None, channels: int, where: str) -> Image.Image:
-    """The picture in a cell of the image column, gray or RGB. Raises UsageError, naming it, if it cannot be read."""
-    if value is None:
-        raise UsageError(f"{where} has no image: fill or drop it")
+def load_data(arguments: Arguments, config: PreTrainedConfig) -> tuple[Splits, Labels]:
+    """The splits that the run uses, and their labels. Raises UsageError for a missing split or labels that do not fit.
+
+    `config`: that of the model to be trained, which may already know its labels.
+    """
+    splits = load_splits(arguments)
+    return splits, read_labels(arguments, splits, config)
+
+
+def load_splits(arguments: Arguments) -> Splits:
+    """The splits that the run uses, by their use. Raises UsageError for a missing one."""
+    data, training = arguments.data, arguments.training
+    folder = {}
+    if training.do_predict and data.test_dir is not None:
+        folder["test"] = limited(load_folder(data.test_dir), data.max_predict_samples, None)
+    if not (training.do_train or training.do_eval) and folder:
+        return folder
+    found = load_all_splits(arguments)
+    wanted = {}
+    if training.do_train:
+        wanted["train"] = ("do_train", "train")
+    if training.do_eval:
+        wanted["validation"] = ("do_eval", data.validation_split_name or "validation")
+    if training.do_predict and not folder:
+        wanted["test"] = ("do_predict", data.test_split_name)
+    if data.train_val_split is not None and "train" in found:
+        column = data.label_column_name
+        check_label_column(
+            column, "train", found["train"], ("int", "uint", "bool", "string", "large_string"), "classes"
+        )
+        stratified = column if isinstance(found["train"].features[column], ClassLabel) else None
+        cut = found["train"].train_test_split(data.train_val_split, seed=training.seed, stratify_by_column=stratified)
+        found = {**found, "train": cut["train"], data.validation_split_name or "validation": cut["test"]}
+    for flag, split in wanted.values():
+        check_split_name(flag, split, found)
+    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
+    seeds = {"train": training.seed, "validation": training.seed, "test": None}
+    used = {use: limited(found[split], limits[use], seeds[use]) for use, (_, split) in wanted.items()}
+    for use, rows in used.items():
+        if isinstance(rows, Dataset) and not len(rows):
+            raise UsageError(f"the {use} data holds no row: name another split or dataset")
+    return {**used, **folder}
+
+
+def check_split_name(flag: str, split: str, found: Splits) -> None:
+    """Raise UsageError if the dataset lacks the split that this argument needs."""
+    if split in found:
+        return
+    others = [name for name in found if name != "train"]
+    argument = "--test_split_name" if flag == "do_predict" else "--validation_split_name"
+    choose = f"name another one in {argument} ({', '.join(others)})" if others else ""
+    cuttable = flag == "do_eval" and "train" in found
+    cut = "cut one off the training data with --train_val_split 0.1" if cuttable else ""
+    other = "choose another dataset"
+    ways = [] if flag == "do_train" else list(filter(None, [choose, cut]))
+    raise UsageError(
+        f"--{flag} needs a split {split!r}; the dataset has: {', '.join(found)}: {' or '.join(ways) or other}"
+    )
+
+
+def load_folder(name: str) -> Dataset:
+    """The images in a folder and its subfolders, sorted by name, without labels."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UsageError(f"test_dir {name!r} is no folder")
+    paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not paths:
+        raise UsageError(f"test_dir {name!r} holds no image: expected files like {', '.join(EXTENSIONS[:3])}, ...")
+    return Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+
+
+def limited(rows: Any, count: int | None, seed: int | None) -> Any:
+    """`count` rows, drawn by seed, since folders of images are sorted by class. None: all rows.
+
+    Without a seed, or from a stream, these are the first rows.
+    """
+    if count is None:
+        return rows
+    if isinstance(rows, Dataset) and seed is None:
+        return rows.select(range(min(len(rows), count)))
+    if isinstance(rows, Dataset):
+        return rows.shuffle(seed=seed).select(range(min(len(rows), count)))
+    return rows.take(count)
+
+
+def load_all_splits(arguments: Arguments) -> DatasetDict | IterableDatasetDict:
+    """All splits, with the names that the Hub, the folder or the files give them."""
+    model, data = arguments.model, arguments.data
+    hub = {"cache_dir": model.cache_dir, "token": model.token, "streaming": data.streaming}
+    if data.dataset_name is None:
+        folders = {"train": data.train_dir, "validation": data.validation_dir}
+        folders = {split: folder for split, folder in folders.items() if folder is not None}
+        check_class_folders(folders)
+        files = {split: str(Path(folder) / "**") for split, folder in folders.items()}
+        return load_dataset("imagefolder", data_files=files, drop_labels=False, **hub)
+    saved = Path(data.dataset_name)
+    if (saved / "dataset_dict.json").is_file() and not data.streaming:
+        return load_from_disk(str(saved))
     try:
-        path = value.get("path")
-        if value.get("bytes") is None and path is not None and Path(path).is_file():
-            value = {"path": path, "bytes": Path(path).read_bytes()}  # Pillow leaves a file that it cannot read open
-        image = DECODER.decode_example(value)
-    except UNREADABLE as error:
-        name = f" ({path})" if path else ""
-        raise UsageError(f"the image of {where}{name} cannot be read: {error}; replace or drop it") from error
-    if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert(MODES[channels])
+        return load_dataset(data.dataset_name, data.dataset_config_name, **hub)
+    except ValueError as error:
+        raise UsageError(f"{data.dataset_name}: {error}") from error
 
 
-class Pictures(Dataset):
-    """The images of a split as evaluation sees them, kept in memory if they take no more than `memory` bytes.
-
-    `classes`: the model's class for each value in the label column. Without one (None) the items have no label.
-    """
-
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        split: str,
-        image_column: str,
-        label_column: str | None,
-        classes: dict[Any, int],
-        preprocessing: Preprocessing,
-        memory: float = 0,
-    ):
-        self.rows = rows.cast_column(image_column, datasets.Image(decode=False)).select_columns([image_column])
-        self.labels = None
-        if label_column is not None:
-            self.labels = np.array([classes[value] for value in rows[label_column][:]], np.int64)
-        self.split, self.column, self.preprocessing = split, image_column, preprocessing
-        shape = (len(rows), preprocessing.channels, *preprocessing.size)
-        self.kept = None
-        if np.prod(shape, dtype=float) <= memory:
-            self.kept = np.empty(shape, np.uint8)
-            for index in range(len(rows)):
-                self.kept[index] = preprocessing.arranged(self.picture(index))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def picture(self, index: int) -> Image.Image:
-        """The picture in row `index`."""
-        value = self.rows[index][self.column]
-        return picture(value, self.preprocessing.channels, f"row {index} of the {self.split} data")
-
-    def __getitem__(self, index: int) -> Item:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        """The images `indices`: torch's DataLoader asks for a batch at once."""
-        if self.labels is None:
-            return [{"pixels": x} for x in self.arranged(indices)]
-        return [{"pixels": x, "label": y} for x, y in zip(self.arranged(indices), self.labels[indices], strict=True)]
-
-    def arranged(self, indices: Sequence[int]) -> np.ndarray:
-        """`(n, channels, height, width)`, uint8."""
-        if self.kept is not None:
-            return self.kept[indices]
-        return np.stack([self.preprocessing.arranged(self.picture(index)) for index in indices])
+def check_class_folders(folders: dict[str, str]) -> None:
+    """Raise UsageError unless every class folder holds images, and validation has no class that training lacks."""
+    classes = {}
+    for split, name in folders.items():
+        folder = Path(name)
+        if not folder.is_dir():
+            raise UsageError(f"{split}_dir {name!r} is no folder")
+        if next(folder.glob("metadata.*"), None) or next(folder.glob("*.zip"), None):
+            return
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+        if not subfolders:
+            raise UsageError(f"{split}_dir {name!r} has no folders in it: expected one for each class, with its images")
+        for subfolder in subfolders:
+            if not any(path.suffix.lower() in EXTENSIONS for path in subfolder.rglob("*")):
+                raise UsageError(f"the class folder {str(subfolder)!r} holds no image: fill it, or delete it")
+        classes[split] = {path.name for path in subfolders}
+    alone = sorted(classes.get("validation", set()) - classes.get("train", classes.get("validation", set())))
+    if alone:
+        raise UsageError(
+            f"validation_dir {folders['validation']!r} has the class {alone[0]!r}, which train_dir "
+            f"{folders['train']!r} has not ({shown(sorted(classes['train']))}): the classes must be the same"
+        )
 
 
-class AugmentedPictures(Pictures):
-    """The images of a split as training sees them. `EpochCallback` tells it the epoch."""
-
-    def __init__(self, *args: Any, augmentation: Augmentation, seed: int, memory: float = 0, **kwargs: Any):
-        super().__init__(*args, memory=memory if augmentation.whole else 0, **kwargs)
-        self.augmentation, self.seed = augmentation, seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
-        names = keys(self.seed, int(self.epoch), np.asarray(indices))
-        draws, augmentation = uniforms(names), self.augmentation
-        if augmentation.whole:
-            images = self.arranged(indices)
-        else:
-            rows = zip(indices, names, draws, strict=True)
-            images = np.stack([augmentation.of_picture(self.picture(i), self.preprocessing, k, d) for i, k, d in rows])
-        images = augmentation.of_pixels(images, draws)
-        columns = zip(images, self.labels[indices], names, strict=True)
-        return [{"pixels": x, "label": y, "key": key} for x, y, key in columns]
+def image_column(data: DataTrainingArguments, rows: Any) -> str:
+    """The column that holds the images."""
+    features = features_of(rows)
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    name = data.image_column_name
+    if name is None and len(images) == 1:
+        return images[0]
+    if name not in images:
+        what = f"image_column_name={name!r}: " if name is not None else ""
+        those = f"those with images: {', '.join(images)}" if images else "none of them holds images"
+        raise UsageError(
+            f"{what}cannot tell which column holds the images; columns: {', '.join(features)} ({those}): "
+            "name one in --image_column_name"
+        )
+    return name
 
 
-class EpochCallback(TrainerCallback):
-    """Tells the training images the epoch. (accelerate's `set_epoch` does not reach the dataset of a resumed run.)"""
-
-    def __init__(self, images: AugmentedPictures):
-        self.images = images
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        self.images.epoch.fill_(int(state.epoch or 0))
-
-
-class StreamedItem(Mapping):
-    """The item of a streamed row, decoded when it is first read: by the collator, in the process that needs it.
-
-    Every rank and worker is given all rows and keeps its own; it must not decode the images of the others.
-    """
-
-    def __init__(self, decode: Callable[[], Item]):
-        self.decode = decode
-
-    @cached_property
-    def item(self) -> Item:
-        return self.decode()
-
-    def __getitem__(self, name: str) -> Any:
-        return self.item[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.item)
-
-    def __len__(self) -> int:
-        return len(self.item)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (self.item,)  # decoded before it goes to another process
-
-
-class StreamedPictures(IterableDataset):
-    """The images of a streamed split; for training (`augmentation` given) shuffled, without end: epoch after epoch.
-
-    Without end, because Trainer cannot go on in the second epoch of a dataset that does not know its length.
-    All workers read the same sequence of rows, and each keeps every n-th turn of `rows_per_turn` rows, so that a
-    DataLoader whose batches are turns yields the sequence itself, whatever the number of workers or shards. datasets
-    would share out whole shards: those who have fewer rows would be in the next epoch before the others.
-    """
-
-    def __init__(
-        self,
-        rows: datasets.IterableDataset,
-        split: str,
-        image_column: str,
-        label_column: str,
-        classes: dict[Any, int],
-        preprocessing: Preprocessing,
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
-        shuffle_buffer: int = 0,
-        rows_per_turn: int = 1,
-    ):
-        rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self.rows = rows if augmentation is None else rows.shuffle(seed=seed, buffer_size=max(1, shuffle_buffer))
-        self.split, self.columns, self.classes = split, (image_column, label_column), classes
-        self.preprocessing, self.augmentation, self.seed = preprocessing, augmentation, seed
-        self.rows_per_turn = rows_per_turn
-        self.count = torch.zeros((), dtype=torch.int64).share_memory_()  # rows of an epoch, known to whoever ends one
-
-    @property
-    def endless(self) -> bool:
-        """Whether it is for training."""
-        return self.augmentation is not None
-
-    def __iter__(self) -> Iterator[StreamedItem]:
-        worker = get_worker_info()
-        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
-        position = 0  # over all epochs: their last turns are not always whole
-        for epoch in itertools.count():
-            self.rows.set_epoch(epoch)
-            before = position
-            # iter, unlike __iter__, leaves it to us to share out the rows among the workers
-            for index, batch in enumerate(self.rows.iter(1)):
-                if position // self.rows_per_turn % workers == own:
-                    yield self.item(epoch, index, *(batch[column][0] for column in self.columns))
-                position += 1
-            self.count.fill_(position - before)
-            if position == before:
-                raise UsageError(f"the {self.split} data holds no row: name another split or dataset")
-            if not self.endless:
-                return
-
-    def item(self, epoch: int, index: int, value: dict[str, Any], label: Any) -> StreamedItem:
-        """The item of a row: the `index`-th of this epoch."""
-        where = f"row {index} (as streamed) of the {self.split} data"
-        if label not in self.classes:
-            raise UsageError(f"{where} has the label {label!r}, which is none of the {len(self.classes)} labels")
-        return StreamedItem(partial(self.decoded, epoch, index, value, label, where))
-
-    def decoded(self, epoch: int, index: int, value: dict[str, Any], label: Any, where: str) -> Item:
-        """What the item of a row holds."""
-        image = picture(value, self.preprocessing.channels, where)
-        if self.augmentation is None:
-            return {"pixels": self.preprocessing.arranged(image), "label": self.classes[label]}
-        name = keys(self.seed, epoch, np.array([index]))
-        draws = uniforms(name)
-        array = self.augmentation.of_picture(image, self.preprocessing, name[0], draws[0])
-        return {
-            "pixels": self.augmentation.of_pixels(np.stack([array]), draws)[0],
-            "label": self.classes[label],
-            "key": name[0],
-        }
-
-
-class Collator:
-    """A batch of items as the model takes it.
-
-    `mixup_alpha`, of training items only: each image is mixed with another, their share drawn from Beta(alpha, alpha)
-    (arXiv 1710.09412); the labels are then shares of the classes, `(n, count)`.
-    """
-
-    def __init__(self, preprocessing: Preprocessing, count: int, mixup_alpha: float = 0.0):
-        self.preprocessing, self.count, self.mixup_alpha = preprocessing, count, mixup_alpha
-
-    def __call__(self, items: list[Item]) -> dict[str, Tensor]:
-        images = self.preprocessing.normalized(torch.from_numpy(np.stack([item["pixels"] for item in items])))
-        if "label" not in items[0]:
-            return {"pixel_values": images}
-        labels = torch.tensor([int(item["label"]) for item in items])
-        if self.mixup_alpha > 0 and "key" in items[0]:
-            rng = np.random.default_rng(int(items[0]["key"]))
-            share, order = rng.beta(self.mixup_alpha, self.mixup_alpha), rng.permutation(len(items))
-            images = _mixed(images, order, share)
-            labels = _mixed(F.one_hot(labels, self.count).float(), order, share)
-        return {"pixel_values": images, "labels": labels}
-
-
-def _mixed(x: Tensor, order: np.ndarray, share: float) -> Tensor:
-    return torch.lerp(x[order], x, share)
-
-
-class SoftCrossEntropy:
-    """A model's `loss_function` that takes classes `(n,)`, or shares of the classes `(n, count)`, which it smooths."""
-
-    def __init__(self, smoothing: float = 0.0):
-        self.smoothing = smoothing
-
-    def __call__(self, labels: Tensor, pooled_logits: Tensor, config: Any, **kwargs: Any) -> Tensor:
-        smoothing = self.smoothing if labels.is_floating_point() else 0.0
-        return F.cross_entropy(pooled_logits.float(), labels, label_smoothing=smoothing)
+def features_of(rows: Any) -> datasets.Features:
+    """The columns and their types. Those of a stream may have to be read from its first rows."""
+    return rows.features or rows._resolve_features().features

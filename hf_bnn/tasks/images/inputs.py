@@ -1,10 +1,11 @@
-"""The images of run_image_classification.py as its model takes them."""
+"""Prepares the splits of an image run for Trainer: image processor, augmentation and datasets."""
 
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,33 +16,26 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..errors import UsageError
 from ..labels import Labels
+from ..stages import PreparedSplit
 from .arguments import Arguments, ModelArguments, parse_overrides
-from .data import AugmentedPictures, Pictures, StreamedPictures, picture
+from .data import Splits, image_column
 from .models import load_processor, make_processor
-from .splits import Splits, image_column, measured
+from .pictures import AugmentedPictures, Pictures, StreamedPictures, picture
 from .streams import rows_per_turn
 from .transforms import Augmentation, Preprocessing, torchvision_transform
 
 logger = logging.getLogger(__name__)
 
-SMALL = 64  # pixels: up to here images are shifted rather than cropped, and taken as large as they are
-SAMPLE, STREAM_SAMPLE = 2000, 200  # images whose mean and standard deviation stand for all
+SMALL = 64  # pixels: up to this size, images are shifted rather than cropped, and are not resized
+SAMPLE, STREAM_SAMPLE = 2000, 200  # the number of images from which mean and standard deviation are estimated
 SMALL_CONFIGS = {
     "vit": "patch_size={patch},hidden_size=96,num_hidden_layers=3,num_attention_heads=3,intermediate_size=384",
     "resnet": "stem=cifar,layer_type=basic,embedding_size=16,hidden_sizes=[16,32,64],depths=[3,3,3]",
 }
 
 
-class Run(NamedTuple):
-    """What a run works with, beside its arguments: the same in both steps of --two_step."""
-
-    splits: Splits
-    labels: Labels
-    stored: PreTrainedConfig
-
-
-def find_processor(arguments: Arguments, splits: Splits, config: PreTrainedConfig) -> BaseImageProcessor:
-    """The checkpoint's image processor, or one made for this data and model."""
+def load_or_make_processor(arguments: Arguments, splits: Splits, config: PreTrainedConfig) -> BaseImageProcessor:
+    """The checkpoint's image processor, or a new one for this data and model."""
     processor = load_processor(arguments.model)
     if processor is not None:
         return processor
@@ -56,10 +50,16 @@ def find_processor(arguments: Arguments, splits: Splits, config: PreTrainedConfi
     return make_processor(size, *measured(np.stack([geometry.arranged(image) for image in images])))
 
 
-def check_small_images(model: ModelArguments, config: PreTrainedConfig, side: int) -> None:
-    """Raise UsageError if images of at most `side` pixels go into a new model whose default is meant for photographs.
+def measured(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of images `(n, channels, height, width)` with values up to 255."""
+    scaled = images.astype(np.float32) / 255
+    return [[round(float(x), 4) for x in values((0, 2, 3))] for values in (scaled.mean, scaled.std)]
 
-    They would be enlarged many times, or shrunk to a single pixel by the model's stem.
+
+def check_small_images(model: ModelArguments, config: PreTrainedConfig, side: int) -> None:
+    """Raise UsageError if images of at most `side` pixels meet a new model whose default size suits photographs.
+
+    They would be enlarged many times, or reduced to a single pixel by the model's stem.
     """
     size, chosen = getattr(config, "image_size", None), model.structure
     kind = model.model_type or config.model_type
@@ -81,7 +81,7 @@ def check_small_images(model: ModelArguments, config: PreTrainedConfig, side: in
 
 
 def sample(arguments: Arguments, split: str, rows: Any, channels: int) -> list[Image.Image]:
-    """Images from all over a split; of a stream, the first ones."""
+    """Images spread evenly over a split. Of a stream, the first ones."""
     column = image_column(arguments.data, rows)
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     if isinstance(rows, Dataset):
@@ -94,7 +94,7 @@ def sample(arguments: Arguments, split: str, rows: Any, channels: int) -> list[I
 
 
 def make_augmentation(arguments: Arguments, size: tuple[int, int]) -> Augmentation:
-    """What training does to images that the model takes in this size."""
+    """The augmentation that training applies. `size`: height and width of the model's input."""
     data = arguments.data
     kind = data.augmentation
     if kind == "auto":
@@ -110,29 +110,32 @@ def make_augmentation(arguments: Arguments, size: tuple[int, int]) -> Augmentati
     )
 
 
-def make_datasets(arguments: Arguments, found: Run, preprocessing: Preprocessing) -> dict[str, Any]:
-    """The splits as Trainer takes them."""
+def make_datasets(
+    arguments: Arguments, splits: Splits, labels: Labels, preprocessing: Preprocessing
+) -> dict[str, PreparedSplit]:
+    """The splits, as Trainer takes them."""
     data, training = arguments.data, arguments.training
     augmentation = make_augmentation(arguments, preprocessing.size)
     result = {}
-    for split, rows in found.splits.items():
+    for split, rows in splits.items():
         columns = (image_column(data, rows), None if split == "test" else data.label_column_name)
-        given = (rows, split, *columns, found.labels.classes, preprocessing)
+        given = (rows, split, *columns, labels.classes, preprocessing)
         augmented = {"augmentation": augmentation, "seed": training.seed} if split == "train" else {}
         if isinstance(rows, Dataset):
             kind = AugmentedPictures if augmented else Pictures
-            result[split] = kind(*given, memory=data.images_in_memory_gb * 2**30, **augmented)
-            logger.info(f"{split}: {len(rows)} images, in memory: {result[split].kept is not None}")
+            images = kind(*given, memory=data.images_in_memory_gb * 2**30, **augmented)
+            logger.info(f"{split}: {len(rows)} images, in memory: {images.kept is not None}")
         else:
             buffer = {"shuffle_buffer": data.shuffle_buffer} if augmented else {}
             turn = rows_per_turn(training, endless=bool(augmented))
-            result[split] = StreamedPictures(*given, **augmented, **buffer, rows_per_turn=turn)
+            images = StreamedPictures(*given, **augmented, **buffer, rows_per_turn=turn)
             logger.info(f"{split}: streamed")
+        result[split] = PreparedSplit(images, partial(identifying_columns, arguments, rows))
     return result
 
 
-def prediction_inputs(arguments: Arguments, rows: Dataset) -> dict[str, Any]:
-    """What a table of predictions says about each image: its number, and its file if it has one."""
+def identifying_columns(arguments: Arguments, rows: Dataset) -> dict[str, Any]:
+    """The columns that identify each image in a table of predictions: its number, and its file if it has one."""
     column = image_column(arguments.data, rows)
     cells = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     paths = [(cell[column] or {}).get("path") for cell in cells]
@@ -143,7 +146,7 @@ def prediction_inputs(arguments: Arguments, rows: Dataset) -> dict[str, Any]:
 
 
 def check_size(config: PreTrainedConfig, preprocessing: Preprocessing) -> None:
-    """Raise UsageError if the processor's images are not of the size that the model takes."""
+    """Raise UsageError if the processor's images do not have the size that the model takes."""
     size = getattr(config, "image_size", None)
     expected = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if size is not None and preprocessing.size != expected:

@@ -1,4 +1,4 @@
-"""The models of run_image_classification.py: from a checkpoint or from scratch, a teacher, the image processor."""
+"""Loads the model of an image run (a checkpoint, or a new model), its teacher and its image processor."""
 
 from __future__ import annotations
 
@@ -24,27 +24,28 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ...models.plug_in import BinaryConfig
 from ...models.resnet import BinaryResNetConfig, BinaryResNetForImageClassification
 from ...models.vit import BinaryViTConfig, BinaryViTForImageClassification
-from ...training.distillation import Distillation, head_of
+from ...training.distillation import Distillation
+from ...training.prediction_losses import head_of
 from ..commandline import check_packed_structure, user_errors
 from ..errors import UsageError
 from ..labels import Labels, check_same_order, set_labels
-from .arguments import ModelArguments
+from .arguments import Arguments, ModelArguments
 
-# What a config works out from its other fields, or says of weights that it was saved with.
+# Fields that a config derives from others, or that describe the weights it was saved with.
 NOT_INHERITED = ("stage_names", "out_features", "out_indices", "model_type", "architectures", "weight_format")
 NOT_INHERITED += ("weights_sha256", "method", "dtype", "_name_or_path")
 PLUGGED_IN = tuple(inspect.signature(BinaryConfig).parameters)
 
 
 class Family(NamedTuple):
-    """An architecture that has a binary class of its own."""
+    """An architecture for which hf_bnn has binary classes."""
 
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
 
     @property
     def types(self) -> tuple[str, ...]:
-        """The model_type of the checkpoints that it reads."""
+        """The `model_type` of every checkpoint that the family reads."""
         return (self.config.float_model_type, *self.config.also_reads, self.config.model_type)
 
 
@@ -55,15 +56,15 @@ FAMILIES = (
 
 
 def family_of(model_type: str) -> Family | None:
-    """The family that reads checkpoints of this type; None: transformers' own classes and BinaryConfig do."""
+    """The family that reads checkpoints of this type. None: transformers' own class does, with BinaryConfig."""
     return next((family for family in FAMILIES if model_type in family.types), None)
 
 
 # Configs
 
 
-def stored_config(model: ModelArguments) -> PreTrainedConfig:
-    """The config of the checkpoint as it is, or for a model from scratch the one to start from."""
+def load_config(model: ModelArguments) -> PreTrainedConfig:
+    """The config stored with the checkpoint; for a model from scratch, the config to start from."""
     name = model.model_name_or_path or model.config_name
     if name is not None:
         with user_errors(name):
@@ -97,7 +98,7 @@ def check_fields(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
 def from_scratch(
     config: PreTrainedConfig, fields: dict[str, Any], kind: type[PreTrainedConfig] | None = None
 ) -> PreTrainedConfig:
-    """A copy of the config, of the class `kind` if given, for a new model, with other values in some fields."""
+    """A copy of the config for a new model, of the class `kind` if given, with `fields` replaced."""
     check_fields(config, fields)
     known = {key: value for key, value in config.to_dict().items() if key not in NOT_INHERITED}
     with user_errors():
@@ -105,23 +106,23 @@ def from_scratch(
 
 
 def sized(model: ModelArguments, config: PreTrainedConfig) -> dict[str, int]:
-    """The field of a config from scratch that --image_size sets, if it has one."""
+    """The config field that --image_size sets; empty if it is not given, or the config has no such field."""
     return {"image_size": model.image_size} if model.image_size is not None and hasattr(config, "image_size") else {}
 
 
 def has_trained_head(config: PreTrainedConfig) -> bool:
-    """Whether the checkpoint of this config is a classifier already."""
+    """Whether the checkpoint of this config is a trained classifier."""
     return any(name.endswith("ForImageClassification") for name in config.architectures or ())
 
 
 def float_one(config: PreTrainedConfig) -> bool:
-    """Whether the config is of a model without anything binary."""
+    """Whether the config describes a model without any binary layer."""
     binary = getattr(config, "quantization_config", None) is not None or family_of_binary(config)
     return not binary or getattr(config, "binarize", None) == "none"
 
 
 def family_of_binary(config: PreTrainedConfig) -> bool:
-    """Whether the config is that of one of our own classes."""
+    """Whether the config is of one of hf_bnn's own classes."""
     return any(isinstance(config, family.config) for family in FAMILIES)
 
 
@@ -129,9 +130,9 @@ def family_of_binary(config: PreTrainedConfig) -> bool:
 
 
 def load_model(model: ModelArguments, stored: PreTrainedConfig, labels: Labels) -> PreTrainedModel:
-    """The model with the head that the labels need: float if `--binarize none`, else latent, or packed as it is.
+    """The model, with a head for these labels: float for `--binarize none`, packed if the checkpoint is, else latent.
 
-    In float32 whatever the checkpoint's type: updates of latent weights are far smaller than bfloat16's steps.
+    Always in float32: updates of latent weights are far smaller than bfloat16's steps.
     """
     name, family = model.model_name_or_path, family_of(stored.model_type)
     if model.binarize == "none" and not float_one(stored) and name is not None:
@@ -147,13 +148,13 @@ def load_model(model: ModelArguments, stored: PreTrainedConfig, labels: Labels) 
 
 
 def loading(model: ModelArguments) -> dict[str, Any]:
-    """What the model's from_pretrained takes."""
+    """The arguments of the model's `from_pretrained`."""
     mismatched = {"ignore_mismatched_sizes": model.ignore_mismatched_sizes}
     return {"revision": model.model_revision, "dtype": torch.float32, **mismatched, **model.hub}
 
 
 def load_own(model: ModelArguments, family: Family, stored: PreTrainedConfig, labels: Labels) -> PreTrainedModel:
-    """A model of a binary class of its own."""
+    """A model of one of hf_bnn's own classes."""
     name = model.model_name_or_path
     if name is None:
         config = from_scratch(stored, {**model.structure, **sized(model, stored)})
@@ -166,7 +167,7 @@ def load_own(model: ModelArguments, family: Family, stored: PreTrainedConfig, la
 
 
 def load_other(model: ModelArguments, stored: PreTrainedConfig, labels: Labels) -> PreTrainedModel:
-    """A model of one of transformers' classes, binary through BinaryConfig."""
+    """A model of one of transformers' classes, made binary by BinaryConfig."""
     if model.attention is not None:
         raise UsageError(f"--attention is for ViT: leave it out with a {stored.model_type!r} model")
     plug = {key: value for key, value in model.structure.items() if key in PLUGGED_IN}
@@ -189,10 +190,14 @@ def load_other(model: ModelArguments, stored: PreTrainedConfig, labels: Labels) 
 
 
 def load_teacher(
-    model: ModelArguments, student: PreTrainedModel, processor: BaseImageProcessor, hidden: bool
-) -> PreTrainedModel:
-    """The teacher. Raises UsageError if it cannot teach this student; `hidden`: by its hidden states too."""
+    arguments: Arguments, student: PreTrainedModel, processor: BaseImageProcessor
+) -> PreTrainedModel | None:
+    """The teacher; None if none is named or nothing is trained. Raises UsageError if it cannot teach this student."""
+    model = arguments.model
     name = model.teacher_model_name_or_path
+    if name is None or not arguments.training.do_train:
+        return None
+    hidden = arguments.training.distillation_hidden_weight > 0
     what = f"the teacher {name}"
     with user_errors(name):
         config = AutoConfig.from_pretrained(name, **model.hub)
@@ -214,7 +219,7 @@ def load_teacher(
 
 
 def check_same_images(what: str, theirs: BaseImageProcessor, own: BaseImageProcessor) -> None:
-    """Raise UsageError if a teacher, called `what`, takes images in another size or scale than the student."""
+    """Raise UsageError if a teacher (called `what`) takes images of another size or scale than the student."""
     for field in ("size", "crop_size", "image_mean", "image_std"):
         needed, given = (getattr(processor, field, None) for processor in (theirs, own))
         needed, given = (list(value) if isinstance(value, tuple) else value for value in (needed, given))
@@ -229,7 +234,7 @@ def check_same_images(what: str, theirs: BaseImageProcessor, own: BaseImageProce
 
 
 def load_processor(model: ModelArguments) -> BaseImageProcessor | None:
-    """The processor that is named, else that of the model or of the teacher; None for a model from scratch."""
+    """The processor that is named, else the model's or the teacher's. None for a model from scratch without either."""
     name = model.image_processor_name or model.model_name_or_path or model.teacher_model_name_or_path
     if name is None:
         return None
@@ -239,5 +244,5 @@ def load_processor(model: ModelArguments) -> BaseImageProcessor | None:
 
 
 def make_processor(size: int, mean: list[float], std: list[float]) -> ViTImageProcessorPil:
-    """The processor of a model from scratch: squares of this size."""
+    """The processor of a model from scratch: it resizes to squares of this size."""
     return ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=mean, image_std=std)

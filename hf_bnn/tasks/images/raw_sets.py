@@ -1,4 +1,4 @@
-"""Reads the files in which CIFAR-10 and Fashion-MNIST are distributed."""
+"""Reads the distributed files of CIFAR-10 and Fashion-MNIST."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import UsageError
 
 
 class CorruptDownloadError(RuntimeError):
-    """What was fetched is not what was published, or not what this script knows."""
+    """A fetched file differs from the published one, or from the version that this script knows."""
 
 
 class Split(NamedTuple):
@@ -26,7 +26,7 @@ class Split(NamedTuple):
     labels: np.ndarray
 
     def digest(self) -> str:
-        """SHA-256 of the pixels and the labels as bytes: the same however they are stored."""
+        """SHA-256 of the pixels and the labels as bytes, which does not depend on how they are stored."""
         return hashlib.sha256(self.images.tobytes() + self.labels.astype(np.uint8).tobytes()).hexdigest()
 
 
@@ -42,7 +42,7 @@ def read_cifar10(folder: Path) -> dict[str, Split]:
 
 
 def read_png(path: Path) -> np.ndarray:
-    """The pixels of an image file that this script knows to be large."""
+    """The pixels of an image file, which may be large."""
     try:
         with PillowImage.open(path) as image:
             return np.asarray(image)
@@ -51,7 +51,7 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def read_fashion_mnist(folder: Path) -> dict[str, Split]:
-    """The idx files, as they are or gzipped."""
+    """The idx files, plain or gzipped."""
     names = {"train": "train", "test": "t10k"}
     return {
         split: Split(

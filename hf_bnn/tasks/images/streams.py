@@ -1,4 +1,4 @@
-"""How a Trainer of several ranks shares out the rows of a stream."""
+"""Distributes the rows of a stream over the ranks of a Trainer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
-from .data import StreamedPictures
+from .pictures import StreamedPictures
 
 
 class SharedStreams(Trainer):
-    """Put before a Trainer among the bases: every rank takes its own rows of a stream, and decodes only them.
+    """A mixin that goes before a Trainer: every rank takes its own rows of a stream, and decodes only those.
 
-    accelerate's default for a stream is that the first rank decodes the rows of all. Only with it would accelerate know
-    how many rows of the last batch are no repetitions, so evaluation is told here.
+    By default, accelerate decodes the rows of all ranks on the first one. Only then does it know how many rows of the
+    last batch are not repetitions. Here, evaluation computes that number itself.
     """
 
     def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> DataLoader:
@@ -37,15 +37,15 @@ class SharedStreams(Trainer):
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _gather_rows(self, pictures: StreamedPictures, values: Any) -> Any:
-        """What all ranks have of the rows of a batch, without those that fill up the last one."""
+        """The gathered rows of a batch from all ranks, without the repetitions that fill up the last batch."""
         state = self.accelerator.gradient_state
-        if state.end_of_dataloader:  # then all readers have been at the end of the stream, and counted
+        if state.end_of_dataloader:  # then all readers have reached the end of the stream, and counted its rows
             turn = self.args.eval_batch_size * self.args.world_size
             state.active_dataloader.remainder = int(pictures.count) % turn
         return self.accelerator.gather_for_metrics(values)
 
 
 def rows_per_turn(training: TrainingArguments, endless: bool) -> int:
-    """How many rows of a stream the workers of a rank take in turns, so that all batches but the last are whole."""
+    """The number of rows in a turn of a stream's workers, with which all batches but the last are complete."""
     batch = training.train_batch_size if endless else training.eval_batch_size
     return batch * training.world_size

@@ -1,7 +1,7 @@
-"""From pictures to pixels: what an image processor does, and random crops, flips and colours for training.
+"""From pictures to pixels: the work of an image processor, and random crops, flips and colours for training.
 
-Training needs neither torchvision nor a random generator that would have to be saved: what happens to an image
-depends on the seed, the epoch and the image's number only. A resumed run sees what the uninterrupted one would have.
+The augmentation of an image depends only on the seed, the epoch and the image's number. There is no random generator
+whose state must be saved, and a resumed run sees the same images as an uninterrupted one. torchvision is not needed.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ..errors import UsageError
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 CROP_TRIES = 10
 FLIP, ROW, COLUMN, JITTER, CROP = 0, 1, 2, slice(3, 6), slice(6, 6 + 2 * CROP_TRIES)
-DRAWS = CROP.stop  # random numbers that an image may need
+DRAWS = CROP.stop  # the number of random numbers per image
 MODES = {1: "L", 3: "RGB"}
 
 
 def keys(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """A number, uint64, for each of the images `indices` in this epoch; they look random, and are always the same."""
+    """A pseudorandom key, uint64, for each of the images `indices` in this epoch. Equal arguments give equal keys."""
     start = _mixed(_mixed(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
     return _mixed(start + np.asarray(indices).astype(np.uint64))
 
 
 def uniforms(keys: np.ndarray, count: int = DRAWS) -> np.ndarray:
-    """`(n, count)` numbers in [0, 1), those of each row from its key alone."""
+    """`(n, count)` numbers in [0, 1). Each row depends on its key alone."""
     steps = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
     return (_mixed(keys[:, None] + steps) >> np.uint64(11)) * 2.0**-53
 
@@ -51,7 +51,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def shifted(images: np.ndarray, draws: np.ndarray, padding: int) -> np.ndarray:
-    """A window of each image's size out of the image with `padding` zeros around it: `(n, c, h, w)` in and out."""
+    """A random window of each image, of the same size, after `padding` with zeros: `(n, c, h, w)` in and out."""
     count, channels, height, width = images.shape
     padded = np.zeros((count, channels, height + 2 * padding, width + 2 * padding), images.dtype)
     padded[:, :, padding : padding + height, padding : padding + width] = images
@@ -61,9 +61,9 @@ def shifted(images: np.ndarray, draws: np.ndarray, padding: int) -> np.ndarray:
 
 
 def crop_box(width: int, height: int, draws: np.ndarray, scale: tuple[float, float]) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a random crop: a share of the area in `scale`, sides 3:4 to 4:3.
+    """Left, top, right, bottom of a random crop: its share of the area is in `scale`, its aspect ratio 3:4 to 4:3.
 
-    As torchvision's RandomResizedCrop: if no try fits, as much as those sides allow, from the middle.
+    Like torchvision's RandomResizedCrop: if no try fits, the largest central crop with an allowed aspect ratio.
     """
     for area, ratio in draws[CROP].reshape(-1, 2):
         size = width * height * (scale[0] + area * (scale[1] - scale[0]))
@@ -78,9 +78,9 @@ def crop_box(width: int, height: int, draws: np.ndarray, scale: tuple[float, flo
 
 
 def jittered(images: np.ndarray, draws: np.ndarray, strength: float) -> np.ndarray:
-    """Brightness, contrast, then saturation of each image times 1 - strength .. 1 + strength; uint8 in and out.
+    """Multiplies brightness, contrast and then saturation by 1 - strength .. 1 + strength; uint8 in and out.
 
-    torchvision's ColorJitter draws the order of the three as well.
+    torchvision's ColorJitter also draws the order of the three.
     """
     brightness, contrast, saturation = (
         (1 + strength * (2 * draws[:, JITTER] - 1)).astype(np.float32).T[..., None, None, None]
@@ -103,10 +103,10 @@ def _gray(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training does to each image.
+    """The augmentation of training images.
 
-    `kind`: "cifar" (the image as in evaluation, shifted by up to `padding` pixels), "imagenet" (a random part of it,
-    resized), or "none". Flipped with the probability `flip`. `transform`: applied to the picture before anything else.
+    `kind`: "cifar" (the image as in evaluation, shifted by up to `padding` pixels), "imagenet" (a random crop, resized)
+    or "none". `flip`: the probability of a horizontal flip. `transform`: applied to the picture first.
     """
 
     kind: str = "none"
@@ -118,11 +118,11 @@ class Augmentation:
 
     @property
     def whole(self) -> bool:
-        """Whether it works on the image as evaluation sees it, which can be prepared once and for all."""
+        """Whether it starts from the image as prepared for evaluation, which can be cached."""
         return self.kind != "imagenet" and self.transform is None
 
     def of_picture(self, image: Image.Image, preprocessing: Preprocessing, key: int, draws: np.ndarray) -> np.ndarray:
-        """What comes before `of_pixels`, for one picture: `(channels, height, width)`."""
+        """The first part, for one picture: `(channels, height, width)`. `of_pixels` is the second."""
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(key) & (2**63 - 1))
@@ -134,7 +134,7 @@ class Augmentation:
         return pixels(image.resize((width, height), preprocessing.resample, box=box))
 
     def of_pixels(self, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        """The rest, for a batch: `(n, channels, height, width)`."""
+        """The second part, for a batch: `(n, channels, height, width)`."""
         if self.kind == "none":
             return images
         if self.kind == "cifar":
@@ -145,7 +145,7 @@ class Augmentation:
 
 
 def torchvision_transform(name: str) -> Any:
-    """The transform of this name in torchvision.transforms.v2, with its defaults. Raises UsageError without it."""
+    """The transform of this name in torchvision.transforms.v2, with defaults. Raises UsageError if there is none."""
     try:
         from torchvision.transforms import v2
     except ImportError as error:
@@ -159,15 +159,15 @@ def torchvision_transform(name: str) -> Any:
 
 @dataclass
 class Preprocessing:
-    """What a processor does to an image for evaluation, in two parts: first its geometry, then its numbers.
+    """An image processor's work for evaluation in two parts: first the geometry, then rescaling and normalization.
 
-    The processor itself does the first, so that it is the same in a pipeline; images that it only copies are not
-    given to it. Raises UsageError for a processor that cannot be divided so, or whose images differ in size.
+    The processor itself does the first part, so that the result equals that of a pipeline. Images that it would only
+    copy skip it. Raises UsageError for a processor that cannot be divided in this way, or whose images differ in size.
     """
 
     processor: BaseImageProcessor
     channels: int
-    size: tuple[int, int] = field(init=False)  # height and width of what comes out
+    size: tuple[int, int] = field(init=False)  # height and width of the output
     copied: dict[tuple[int, int], bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -216,7 +216,7 @@ class Preprocessing:
         return output.numpy().clip(0, 255).astype(np.uint8)
 
     def normalized(self, images: Tensor) -> Tensor:
-        """The model's input, of a batch of uint8 images."""
+        """The model's input for a batch of uint8 images."""
         return images.float().mul_(self.scale).sub_(self.mean).div_(self.std)
 
 

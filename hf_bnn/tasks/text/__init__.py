@@ -1,1 +1,1 @@
-"""Text classification: GLUE, datasets of the Hub, files of your own."""
+"""Text classification on GLUE, on datasets of the Hub, or on files of your own."""

@@ -1,18 +1,14 @@
-"""The command line of run_glue.py."""
+"""The command-line arguments of a text run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from ...training.arguments import BinaryTrainingArguments
-from ..argument_checks import (
-    OutputArguments,
-    check_kind_of_training,
-    check_limits,
-    check_output_dir,
-)
+from ..argument_checks import check_doing, check_kind_of_training, check_limits, check_output_dir
+from ..arguments import OutputArguments, SharedDataArguments, SharedModelArguments
 from ..commandline import Parser
 from ..errors import UsageError
 
@@ -28,46 +24,46 @@ TASK_COLUMNS: dict[str, tuple[str, ...]] = {
     "wnli": ("sentence1", "sentence2"),
 }
 FORMATS = ("csv", "json", "jsonl", "parquet")
-STRUCTURE = ("binarize", "attention", "embeddings")
 
 
 @dataclass
-class DataTrainingArguments:
-    """What the model is trained and evaluated on."""
+class DataTrainingArguments(SharedDataArguments):
+    """The data that the model is trained and evaluated on."""
 
     task_name: str | None = field(default=None, metadata={"help": f"A GLUE task: {', '.join(TASK_COLUMNS)}."})
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset of the Hub, e.g. stanfordnlp/sst2."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
     max_seq_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens per example; what is longer is cut off. Default: 128, or what the model takes."},
+        metadata={"help": "Tokens per example; longer texts are cut off. Default: 128, or the model's limit."},
     )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize anew."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again instead of reading the cache."})
     pad_to_max_length: bool = field(
-        default=True, metadata={"help": "Pad to max_seq_length; if False, to the longest example of each batch."}
+        default=True,
+        metadata={"help": "Pad every text to max_seq_length. If False: to the longest text of its batch."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N examples only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate the first N examples only."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first N examples only."})
-    train_file: str | None = field(default=None, metadata={"help": "csv, json, jsonl (these also .gz) or parquet."})
-    validation_file: str | None = field(default=None, metadata={"help": "To evaluate on; of any of these kinds."})
-    test_file: str | None = field(default=None, metadata={"help": "For --do_predict; needs no labels."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training texts: csv, json or jsonl (also .gz), or parquet."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Texts to evaluate on, in a file of any of these types."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Texts for --do_predict. They need no labels."})
     label_column_name: str = field(
         default="label",
         metadata={
-            "help": "The column of the labels: integers, strings, lists of them (several labels may hold), or floats "
-            "for a regression."
+            "help": "The column of the labels: integers or strings; lists of them, if several labels may apply to a "
+            "text; or floats, for a regression."
         },
     )
     label_type: Literal["auto", "class", "number"] = field(
         default="auto",
-        metadata={"help": "class: each value is a class, as it is written; number: a regression. auto: by the values."},
+        metadata={"help": "class: every distinct value is a class; number: a regression; auto: decide by the values."},
     )
     drop_empty_rows: bool = field(
-        default=False, metadata={"help": "Leave out the rows of files that have no text, or no label that is known."}
+        default=False, metadata={"help": "Leave out rows of files that have no text or no known label."}
     )
     text_column_names: str | None = field(
-        default=None, metadata={"help": "The column of the text, or two separated by a comma. Default: found by name."}
+        default=None,
+        metadata={"help": "The column of the text, or two separated by a comma. Default: found by its name."},
     )
 
     @property
@@ -78,42 +74,20 @@ class DataTrainingArguments:
 
 
 @dataclass
-class ModelArguments:
-    """Which model is trained, and what of it becomes binary."""
+class ModelArguments(SharedModelArguments):
+    """Which model is trained, and which parts of it become binary."""
 
-    model_name_or_path: str = field(metadata={"help": "A float BERT, or a latent or packed binary one: id or folder."})
-    config_name: str | None = field(default=None, metadata={"help": "The config, if it is elsewhere."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "The tokenizer, if it is elsewhere."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where to keep what is downloaded."})
+    STRUCTURE = ("binarize", "attention", "embeddings")
+
+    model_name_or_path: str = field(
+        metadata={"help": "A float BERT, or a latent or packed binary one: Hub name or folder."}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "The config, if it is stored elsewhere."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "The tokenizer, if it is stored elsewhere."})
     use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a tokenizer of the tokenizers library."})
-    model_revision: str = field(default="main", metadata={"help": "A branch, tag or commit of the model."})
-    token: str | None = field(default=None, metadata={"help": "The Hub's token. Default: that of `hf auth login`."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Train a new head where the checkpoint's has another number of labels."}
-    )
-    binarize: Literal["both", "weights", "activations", "none"] | None = field(
-        default=None, metadata={"help": "What becomes binary. none: train the float model. Default: both."}
-    )
-    attention: Literal["float", "binary", "boolean"] | None = field(
-        default=None, metadata={"help": "The two attention products. Default: float."}
-    )
     embeddings: Literal["float", "int8", "binary"] | None = field(
         default=None, metadata={"help": "The word embeddings. Default: int8."}
     )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A trained classifier of the same labels to distil from."}
-    )
-
-    @property
-    def hub(self) -> dict[str, Any]:
-        """What every from_pretrained takes."""
-        return {"cache_dir": self.cache_dir, "token": self.token, "trust_remote_code": self.trust_remote_code}
-
-    @property
-    def structure(self) -> dict[str, str]:
-        """The fields of the binary config that were given."""
-        return {name: getattr(self, name) for name in STRUCTURE if getattr(self, name) is not None}
 
 
 class Arguments(NamedTuple):
@@ -126,7 +100,7 @@ class Arguments(NamedTuple):
 
 
 def parse(command_line: list[str] | None = None, description: str | None = None) -> Arguments:
-    """The arguments, checked as far as they can be without loading anything."""
+    """The parsed arguments. Raises UsageError for every mistake that shows before anything is loaded."""
     kinds = (ModelArguments, DataTrainingArguments, BinaryTrainingArguments, OutputArguments)
     arguments = Arguments(*Parser(kinds, description=description).parse(command_line))
     check_data_arguments(arguments.data, arguments.training)
@@ -136,9 +110,8 @@ def parse(command_line: list[str] | None = None, description: str | None = None)
 
 
 def check_data_arguments(data: DataTrainingArguments, training: BinaryTrainingArguments) -> None:
-    """Raise UsageError unless it is clear what to do and on which data."""
-    if not (training.do_train or training.do_eval or training.do_predict):
-        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
+    """Raise UsageError unless the arguments say what to do and on which data."""
+    check_doing(training)
     if data.task_name is not None:
         data.task_name = data.task_name.lower()
         if data.task_name not in TASK_COLUMNS:
@@ -149,7 +122,7 @@ def check_data_arguments(data: DataTrainingArguments, training: BinaryTrainingAr
 
 
 def check_files(data: DataTrainingArguments, training: BinaryTrainingArguments) -> None:
-    """Raise UsageError unless the files that are needed are there, and of known kinds."""
+    """Raise UsageError unless every file that the run needs is given, exists and has a known type."""
     if not data.files:
         raise UsageError(
             "no data: give --task_name (a GLUE task), --dataset_name (a dataset of the Hub), "
@@ -164,7 +137,7 @@ def check_files(data: DataTrainingArguments, training: BinaryTrainingArguments) 
 
 
 def file_kind(split: str, path: str) -> str:
-    """Its extension without .gz, one of FORMATS. Raises UsageError for another, or if the file is missing."""
+    """The file's extension without .gz. Raises UsageError if it is not in FORMATS, or if the file is missing."""
     suffixes = [s.lstrip(".").lower() for s in Path(path).suffixes]
     extension = next(iter(suffixes[-2:] if suffixes[-1:] == ["gz"] else suffixes[-1:]), "")
     if extension not in FORMATS or (extension == "parquet" and suffixes[-1] == "gz"):

@@ -1,7 +1,7 @@
-"""The rows of csv and json files, each with the line on which it begins: what is wrong with a row can be found again.
+"""Reads csv and json files, and records the line on which each row begins, so that messages can name it.
 
-datasets' readers know no lines. They take the words "NA" and "null" in a csv for nothing, and stop at a row of another
-type without saying which.
+The readers of `datasets` do not know lines. They also read the words "NA" and "null" in a csv file as missing values,
+and stop at a row of another type without naming it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import fsspec
 
 from ..errors import UsageError
 
-SPACE = re.compile(r"[\s,]*")  # between the values of a file; commas in a list only, where they are not missed
+SPACE = re.compile(r"[\s,]*")  # between the values of a file; a list's commas are not checked
 
 
 class Table(NamedTuple):
-    """What a file holds. Values that are not there are None."""
+    """The content of a file. Missing values are None."""
 
     columns: dict[str, list[Any]]
-    lines: list[int]  # where each row begins, as an editor counts
-    faults: dict[int, str]  # rows that cannot be read, and why
+    lines: list[int]  # the line on which each row begins, from 1
+    faults: dict[int, str]  # the reason, for each row that cannot be read
 
 
 def read_table(path: str, kind: str) -> Table:
@@ -45,7 +45,7 @@ def read_table(path: str, kind: str) -> Table:
 
 
 def csv_table(file: Iterable[str]) -> Table:
-    """Texts, as they are written; an empty field is None. A quoted field may go over several lines."""
+    """Unconverted texts. An empty field is None. A quoted field may extend over several lines."""
     reader = csv.reader(file, strict=True)
     header, rows, lines, faults, before = None, [], [], {}, 0
     try:
@@ -79,7 +79,7 @@ def _checked_header(row: list[str]) -> list[str]:
 
 
 def json_table(file: Any) -> Table:
-    """The objects of a file: one on each line, one after the other, or in a list; or lists of values, by column."""
+    """The objects of a file: one per line, in sequence or in a list; or one object with lists of values by column."""
     text = file.read()
     found = list(_values(text))
     if len(found) == 1 and isinstance(found[0][1], dict) and _is_by_column(found[0][1]):
@@ -101,7 +101,7 @@ def _is_by_column(found: dict[str, Any]) -> bool:
 
 
 def _values(text: str) -> Iterator[tuple[int, Any]]:
-    """Each value with the line on which it begins; an UsageError for a line that holds none."""
+    """Each value with the line on which it begins; a UsageError in place of a value that cannot be read."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     position = SPACE.match(text).end()
     in_list = text[position : position + 1] == "["
@@ -124,11 +124,11 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-# What the values of a column are
+# The types of the values of a column
 
 
 def kind_of(values: list[Any], written: bool) -> str:
-    """ "list", "bool", "int", "float" or "str": what most of the values are. `written`: as text, in a csv."""
+    """The type of most of the values: list, bool, int, float or str. `written`: they are text, from a csv file."""
     counts: dict[str, int] = {}
     for value in values:
         kind = written_kind(value) if written else type(value).__name__
@@ -140,7 +140,7 @@ def kind_of(values: list[Any], written: bool) -> str:
 
 
 def written_kind(value: str | None) -> str:
-    """The type of a value that is written as text."""
+    """The type of a value that is given as text."""
     if value is None:
         return "NoneType"
     text = value.strip()
@@ -154,7 +154,7 @@ def written_kind(value: str | None) -> str:
 
 
 def converted(value: Any, kind: str, written: bool) -> Any:
-    """The value as one of this kind; ValueError if it is none."""
+    """The value, converted to this kind. Raises ValueError if that is impossible."""
     if value is None:
         return None
     if written and kind == "bool" and written_kind(value) == "bool":

@@ -1,4 +1,4 @@
-"""Which labels run_glue.py's data has, and which of the model's classes they are."""
+"""The labels of a text run, and the model's class for each."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ DTYPES = {"str": "string", "int": "int64", "bool": "bool", "list": "string"}
 
 
 def read_labels(arguments: Arguments, splits: dict[str, Split], config: PreTrainedConfig) -> Labels:
-    """Which labels the data has and which classes of the model they are; a row with none of them gets a fault.
+    """The labels of the data, and the model's class for each. A row with an unknown label gets a fault.
 
-    They are what the dataset declares, else those of the training set, else (only to evaluate) the model's own.
-    Raises UsageError for labels that do not fit the model.
+    The dataset's declaration comes first, then the values in the training set, then (for evaluation alone) the
+    model's own labels. Raises UsageError for labels that do not fit the model.
     """
     labelled = {name: split for name, split in splits.items() if split.labels is not None}
-    if not labelled:  # only to predict: the model knows its classes
+    if not labelled:  # prediction alone: the model knows its classes
         names = [str(config.id2label[index]) for index in range(config.num_labels)]
         return Labels(names, {}, config.num_labels == 1, config.problem_type == "multi_label_classification")
     model, trained = arguments.model, has_trained_head(config) and not arguments.model.ignore_mismatched_sizes
@@ -37,7 +37,7 @@ def read_labels(arguments: Arguments, splits: dict[str, Split], config: PreTrain
 
 
 def labels_of_data(arguments: Arguments, split: Split, config: PreTrainedConfig) -> Labels:
-    """The labels of the split that decides, in the order of their values."""
+    """The labels that this split defines, in the order of their values."""
     task, several = arguments.data.task_name, split.kind == "list"
     of_model = split.name != "train" and has_trained_head(config)
     if task == "stsb" or (task is None and (split.kind == "float" or (of_model and config.num_labels == 1))):
@@ -63,7 +63,7 @@ def _all_numbers(values: list[Any]) -> bool:
 
 
 def unique(split: Split) -> list[Any]:
-    """The labels of the rows that can be used, sorted."""
+    """The distinct labels of the usable rows, sorted."""
     usable = [value for row, value in enumerate(split.labels) if row not in split.faults]
     if split.kind == "list":
         usable = [label for value in usable for label in value]
@@ -73,7 +73,7 @@ def unique(split: Split) -> list[Any]:
 
 
 def note_unknown_labels(split: Split, labels: Labels, column: str) -> None:
-    """Add the faults of rows with a label that is none of the labels."""
+    """Add a fault to every row with an unknown label."""
     if labels.regression:
         return
     known = f"none of the {len(labels.classes)} labels ({shown(list(labels.classes))})"

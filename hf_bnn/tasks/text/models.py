@@ -1,4 +1,4 @@
-"""The models of run_glue.py: from a checkpoint, and a teacher."""
+"""Loads the model of a text run and its teacher."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ from ...models.bert import BinaryBertConfig, BinaryBertForSequenceClassification
 from ..commandline import check_packed_structure, user_errors
 from ..errors import UsageError
 from ..labels import Labels, check_same_order, set_labels
-from .arguments import Arguments
+from .arguments import Arguments, ModelArguments
 
 
 def has_trained_head(config: PreTrainedConfig) -> bool:
-    """Whether the checkpoint of this config is a classifier already."""
+    """Whether the checkpoint of this config is a trained classifier."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
-def load_config(arguments: Arguments) -> PreTrainedConfig:
-    """The config of the checkpoint as it is."""
-    model = arguments.model
+def load_config(model: ModelArguments) -> PreTrainedConfig:
+    """The config stored with the checkpoint."""
     name = model.config_name or model.model_name_or_path
     with user_errors(name):
         return AutoConfig.from_pretrained(name, revision=model.model_revision, **model.hub)
 
 
-def load_model(arguments: Arguments, stored: PreTrainedConfig, labels: Labels) -> PreTrainedModel:
-    """The model with the head that the labels need: float if `--binarize none`, else latent, or packed as it is.
+def load_model(model: ModelArguments, stored: PreTrainedConfig, labels: Labels) -> PreTrainedModel:
+    """The model, with a head for these labels: float for `--binarize none`, packed if the checkpoint is, else latent.
 
-    In float32 whatever the checkpoint's type: updates of latent weights are far smaller than bfloat16's steps.
+    Always in float32: updates of latent weights are far smaller than bfloat16's steps.
     """
-    model = arguments.model
     loading = {
         "revision": model.model_revision,
         "dtype": torch.float32,
@@ -53,8 +51,8 @@ def load_model(arguments: Arguments, stored: PreTrainedConfig, labels: Labels) -
     return kind.from_pretrained(model.model_name_or_path, config=config, **loading)
 
 
-def load_teacher(arguments: Arguments, student: PreTrainedConfig) -> PreTrainedModel | None:
-    """The teacher, if one is named and there is training to do. Raises UsageError if it cannot teach this student."""
+def load_teacher(arguments: Arguments, student: PreTrainedModel) -> PreTrainedModel | None:
+    """The teacher; None if none is named or nothing is trained. Raises UsageError if it cannot teach this student."""
     name = arguments.model.teacher_model_name_or_path
     if name is None or not arguments.training.do_train:
         return None
@@ -63,15 +61,16 @@ def load_teacher(arguments: Arguments, student: PreTrainedConfig) -> PreTrainedM
     what = f"the teacher {name}"
     if not has_trained_head(config):
         raise UsageError(f"{what} is no trained classifier ({config.architectures}): train one with --binarize none")
-    check_same_order(what, config, student)
-    if config.vocab_size != student.vocab_size:
+    own = student.config
+    check_same_order(what, config, own)
+    if config.vocab_size != own.vocab_size:
         raise UsageError(
-            f"{what} has {config.vocab_size} tokens in its vocabulary, the student {student.vocab_size}: "
+            f"{what} has {config.vocab_size} tokens in its vocabulary, the student {own.vocab_size}: "
             "both must use the same tokenizer"
         )
-    if config.hidden_size != student.hidden_size and arguments.training.distillation_hidden_weight > 0:
+    if config.hidden_size != own.hidden_size and arguments.training.distillation_hidden_weight > 0:
         raise UsageError(
-            f"{what} has hidden states of {config.hidden_size}, the student of {student.hidden_size}: "
+            f"{what} has hidden states of {config.hidden_size}, the student of {own.hidden_size}: "
             "they can only be compared by their logits, with --distillation_hidden_weight 0"
         )
     return AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, **arguments.model.hub)

@@ -1,4 +1,4 @@
-"""The splits of run_glue.py: rows of a dataset or of files, and which of them cannot be used, with where they stand."""
+"""The splits of a text run: rows of a dataset or a file, and which of them are unusable, with their positions."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from .files import Table, converted, kind_of, shortened
 
 logger = logging.getLogger(__name__)
 
-# Where nobody says which columns hold the text: the first of these that are all there.
+# The text columns if none are named: the first of these tuples whose columns all exist.
 USUAL_COLUMNS = (*dict.fromkeys(c for c in TASK_COLUMNS.values() if len(c) == 2), ("sentence",), ("text",))
 STRINGS = ("string", "large_string", "string_view")
 KINDS = {"int": "int", "uint": "int", "bool": "bool", "float": "float", **dict.fromkeys(STRINGS, "str")}
 PLURALS = {"int": "integers", "bool": "true or false", "float": "numbers", "str": "strings", "list": "lists"}
 EXPECTED = "one integer, string or float per row, or lists of integers or strings"
 LIST = re.compile(r"\[.*\]", re.DOTALL)
-SHOWN = 10  # faults of a split
+SHOWN = 10  # faults of a split that a message lists
 
 
 @dataclass
 class Split:
-    """Rows with their texts, and their labels unless they are to be predicted."""
+    """Rows with their texts and, unless these are to be predicted, their labels."""
 
     name: str
     where: str  # a file, or "the train data"
     rows: Dataset
-    texts: tuple[str, ...]  # the columns that hold them
+    texts: tuple[str, ...]  # the columns of the texts
     labels: list[Any] | None = None
     kind: str = "int"  # of the labels: int, bool, str, float, or list
-    names: list[str] | None = None  # of the labels 0, 1, ..., where the dataset declares them
+    names: list[str] | None = None  # the names of the labels 0, 1, ..., if the dataset declares them
     lines: list[int] | None = None
     faults: dict[int, list[str]] = field(default_factory=dict)
-    indices: np.ndarray | None = None  # of the rows in the file; None: all
+    indices: np.ndarray | None = None  # the usable rows; None: all
 
     def place(self, row: int) -> str:
-        """Where a row is found."""
+        """The position of a row, for messages."""
         return f"row {row}" if self.lines is None else f"line {self.lines[row]}"
 
     def add_fault(self, row: int, fault: str) -> None:
-        """Note why a row cannot be used."""
+        """Record why a row cannot be used."""
         self.faults.setdefault(row, []).append(fault)
 
 
 def from_table(name: str, path: str, table: Table, data: DataTrainingArguments, labelled: bool) -> Split:
-    """A file's rows. What is not of the type of its column becomes a fault."""
+    """The rows of a file. A value of another type than its column's is a fault."""
     written, label = not path_is_json(path), data.label_column_name
     is_text = {column: kind_of(values, written) == "str" for column, values in table.columns.items()}
     texts = text_columns(data, is_text)
@@ -111,14 +111,14 @@ def take_labels(split: Split, values: list[Any], data: DataTrainingArguments, wr
 
 
 def note_empty_labels(split: Split, column: str) -> None:
-    """Add the faults of rows without a label, or with one that is not finite."""
+    """Add a fault to every row without a label, or with a label that is not finite."""
     for row, value in enumerate(split.labels):
         if row not in split.faults and (value is None or (split.kind == "float" and not np.isfinite(value))):
             split.add_fault(row, f"has no {column!r}" if value is None else f"has the {column!r} {value}")
 
 
 def from_dataset(name: str, where: str, rows: Dataset, data: DataTrainingArguments, labelled: bool) -> Split:
-    """A dataset's rows; their types are those that it declares."""
+    """The rows of a dataset, with the types that it declares."""
     is_text = {column: getattr(kind, "dtype", None) in STRINGS for column, kind in rows.features.items()}
     split = Split(name, where, rows, text_columns(data, is_text))
     for column in split.texts:
@@ -141,7 +141,7 @@ def from_dataset(name: str, where: str, rows: Dataset, data: DataTrainingArgumen
 
 
 def kind_of_feature(feature: Any, column: str, where: str) -> tuple[str, list[str] | None]:
-    """What a column of labels holds, and the names that it declares."""
+    """The kind of labels in a column, and the names that it declares."""
     each = feature.feature if isinstance(feature, ListOf) else feature
     dtype = getattr(each, "dtype", "") if isinstance(each, Value | ClassLabel) else ""
     kind = next((kind for start, kind in KINDS.items() if dtype.startswith(start)), None)
@@ -152,7 +152,7 @@ def kind_of_feature(feature: Any, column: str, where: str) -> tuple[str, list[st
 
 
 def text_columns(data: DataTrainingArguments, is_text: dict[str, bool]) -> tuple[str, ...]:
-    """The one or two columns that hold the text. `is_text`: of each column, whether it holds strings."""
+    """The one or two columns that hold the text. `is_text`: whether a column holds strings, by name."""
     if data.text_column_names is not None:
         chosen = tuple(name.strip() for name in data.text_column_names.split(","))
         unknown = [name for name in chosen if name not in is_text]
@@ -178,10 +178,10 @@ def text_columns(data: DataTrainingArguments, is_text: dict[str, bool]) -> tuple
 
 
 def without_faults(splits: dict[str, Split], drop: bool) -> None:
-    """Leave out the rows with faults, or if not asked to `drop` them raise UsageError that names them all."""
+    """Leave out the rows with faults if `drop` is true, else raise a UsageError that describes them."""
     faulty = [split for split in splits.values() if split.faults]
     if faulty and not drop:
-        told = "; ".join(dict.fromkeys(map(described, faulty)))  # one file may be two splits
+        told = "; ".join(dict.fromkeys(map(described, faulty)))  # one file may serve as two splits
         raise UsageError(f"{told}: correct these rows, or leave them out with --drop_empty_rows")
     for split in faulty:
         logger.warning(f"left out: {described(split)}")
@@ -191,7 +191,7 @@ def without_faults(splits: dict[str, Split], drop: bool) -> None:
 
 
 def described(split: Split) -> str:
-    """The faults of a split, the first ones one by one."""
+    """A description of the faults of a split. It lists the first ones."""
     rows = sorted(split.faults)
     texts = [f"{split.place(row)} {' and '.join(split.faults[row])}" for row in rows[:SHOWN]]
     more = f", and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""

@@ -9,38 +9,36 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import (
-    AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     default_data_collator,
     set_seed,
 )
 
-from ...training.allocator import keep_freed_memory
 from ...training.checked_trainer import CheckedTrainer
-from ...training.trainer import BinaryTrainer
-from ..classification_metrics import ClassificationMetrics, first, predicted, save_evaluation
-from ..commandline import checkpoint_to_resume, set_up_logging, user_errors
-from ..errors import UsageError
+from .. import stages
+from ..classification_metrics import ClassificationMetrics, first, predicted
+from ..commandline import checkpoint_to_resume, set_up_process, user_errors
 from ..glue_metric import GlueMetric
 from ..labels import Labels
-from ..predictions import predict_in_order, write_predictions
 from .arguments import Arguments, parse
-from .data import Examples, load_data, prepare
+from .data import load_data
+from .inputs import load_tokenizer, make_datasets
 from .models import load_config, load_model, load_teacher
+from .rows import Split
 
 logger = logging.getLogger("run_glue")
 
 
 class Metrics:
-    """`compute_metrics` for Trainer: the task's, or for a regression the error and correlations, or those of classes.
+    """`compute_metrics` for Trainer: a GLUE task's own metric; else the figures of classes, or of a regression.
 
-    `classes` has the figures of each class, also of a task; it is None for a regression.
+    `classes` has the figures of each class, for a GLUE task too. It is None for a regression.
     """
 
     def __init__(self, task: str | None, labels: Labels):
@@ -62,83 +60,58 @@ class Metrics:
 
 
 def make_trainer(
-    arguments: Arguments, model: PreTrainedModel, examples: dict[str, Examples], labels: Labels, **kwargs: Any
-) -> CheckedTrainer:
-    """BinaryTrainer; CheckedTrainer where nothing binary is trained: a float model, or a packed one to evaluate."""
+    arguments: Arguments, model: PreTrainedModel, splits: dict[str, Split], labels: Labels
+) -> tuple[CheckedTrainer, dict[str, stages.PreparedSplit]]:
+    """The trainer for this model, and the splits as it takes them."""
     data, training = arguments.data, arguments.training
-    packed = getattr(model.config, "weight_format", None) == "packed"
-    if packed and not training.do_train and (training.fp16 or training.bf16):
-        raise UsageError("a binary model is evaluated in float32: leave out --fp16 and --bf16")
-    teacher = load_teacher(arguments, model.config)
-    kind = CheckedTrainer
-    if arguments.model.binarize != "none" and (training.do_train or not packed):
-        kind, kwargs = BinaryTrainer, {**kwargs, "teacher_model": teacher}
+    kind = stages.trainer_class(model, training, arguments.model.teacher_model_name_or_path)
+    tokenizer = load_tokenizer(arguments.model)
+    prepared = make_datasets(arguments, splits, labels, tokenizer, model.config)
+    teacher = load_teacher(arguments, model)
     if data.pad_to_max_length:
         collator = default_data_collator
     else:
         multiple = 8 if training.fp16 or training.bf16 else None
-        collator = DataCollatorWithPadding(kwargs["processing_class"], pad_to_multiple_of=multiple)
-    evaluated = [found.tokens for name, found in examples.items() if name.startswith("validation")]
+        collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+    evaluated = [split.dataset for name, split in prepared.items() if name.startswith("validation")]
     trainer = kind(
         model=model,
         args=training,
-        train_dataset=examples["train"].tokens if "train" in examples else None,
+        train_dataset=prepared["train"].dataset if "train" in prepared else None,
         eval_dataset=evaluated[0] if evaluated else None,
         compute_metrics=Metrics(data.task_name, labels),
         data_collator=collator,
-        **kwargs,
+        processing_class=tokenizer,
+        **({} if teacher is None else {"teacher_model": teacher}),
     )
     # BERT's head ignores num_items_in_batch: with accumulation the float model's gradient too would be a multiple.
     trainer.model_accepts_loss_kwargs = False
-    return trainer
+    return trainer, prepared
 
 
-def train(trainer: CheckedTrainer, resume: str | None) -> dict[str, float]:
-    """Train, save the final model and write train_results.json."""
-    result = trainer.train(resume_from_checkpoint=resume)
-    metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
-    trainer.save_model()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
+def train_and_evaluate(
+    arguments: Arguments, config: PreTrainedConfig, splits: dict[str, Split], labels: Labels, resume: str | None
+) -> dict[str, float]:
+    """A whole run once its data is loaded; what all_results.json holds."""
+    training = arguments.training
+    set_seed(training.seed)
+    with user_errors():
+        model = load_model(arguments.model, config, labels)
+        trainer, prepared = make_trainer(arguments, model, splits, labels)
+    metrics: dict[str, float] = {}
+    if training.do_train:
+        metrics.update(stages.train(trainer, resume))
+    if training.do_eval:
+        metrics.update(stages.evaluate(trainer, prepared))
+    if training.do_predict:
+        stages.predict(trainer, prepared, labels, logger, arguments.data.task_name)
+    if training.do_train:
+        stages.publish(trainer, card_fields(arguments))
     return metrics
 
 
-def evaluate(trainer: CheckedTrainer, examples: dict[str, Examples]) -> dict[str, float]:
-    """Evaluate every validation split and write eval_results.json; MNLI's second split has keys that end in _mm."""
-    combined: dict[str, float] = {}
-    tables = {}
-    classes = trainer.compute_metrics.classes
-    for name, found in examples.items():
-        if not name.startswith("validation"):
-            continue
-        end = "_mm" if name.endswith("_mismatched") else ""
-        metrics = {**trainer.evaluate(eval_dataset=found.tokens), "eval_samples": len(found.tokens)}
-        metrics = {f"{key}{end}": value for key, value in metrics.items()}
-        trainer.log_metrics("eval", metrics)
-        combined.update(metrics)
-        if classes:
-            tables[f"eval_per_class{end}"] = classes.table
-            classes.log_table()
-    save_evaluation(trainer, combined, tables)
-    return combined
-
-
-def predict(trainer: CheckedTrainer, examples: dict[str, Examples], task: str | None, labels: Labels) -> None:
-    """Write the predictions for every test split to predict_results_TASK.tsv."""
-    for split, found in examples.items():
-        if not split.startswith("test"):
-            continue
-        logits = predict_in_order(trainer, found.tokens)
-        if trainer.is_world_process_zero():
-            name = "_".join(filter(None, ["predict_results", task])) + ("-mm" if split.endswith("_mismatched") else "")
-            path = Path(trainer.args.output_dir) / f"{name}.tsv"
-            write_predictions(path, logits, labels, found.inputs)
-            logger.info(f"{len(logits)} predictions of {split} in {path}")
-
-
 def card_fields(arguments: Arguments) -> dict[str, str]:
-    """What the model card says of the model. A run that was cut short by --max_steps claims no result."""
+    """The fields of the model card. A run that --max_steps cut short claims no result."""
     data, training = arguments.data, arguments.training
     fields = {"finetuned_from": arguments.model.model_name_or_path, "tasks": "text-classification"}
     if training.max_steps > 0:
@@ -153,39 +126,14 @@ def card_fields(arguments: Arguments) -> dict[str, str]:
 
 
 def main(command_line: list[str] | None = None) -> dict[str, float]:
-    """Run the script on these arguments (None: the command line's); return what all_results.json holds.
+    """Run the task on these arguments (None: the command line's); return what all_results.json holds.
 
-    Raises UsageError, a ValueError, for what the user can set right.
+    Raises UsageError, a ValueError, for an error that the user can correct.
     """
     arguments = parse(command_line, __doc__.splitlines()[0])
-    model_arguments, data, training = arguments.model, arguments.data, arguments.training
-    set_up_logging(training, logger)
-    if training.device.type == "cpu":
-        keep_freed_memory()
-    set_seed(training.seed)
-    resume = checkpoint_to_resume(training) if training.do_train else None
+    set_up_process(arguments.training, logger)
+    resume = checkpoint_to_resume(arguments.training) if arguments.training.do_train else None
     with user_errors():
-        config = load_config(arguments)
+        config = load_config(arguments.model)
         splits, labels = load_data(arguments, config)
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_arguments.tokenizer_name or model_arguments.model_name_or_path,
-            use_fast=model_arguments.use_fast_tokenizer,
-            revision=model_arguments.model_revision,
-            **model_arguments.hub,
-        )
-        model = load_model(arguments, config, labels)
-        positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
-        longest = min(tokenizer.model_max_length, positions)
-        examples = prepare(arguments, splits, labels, tokenizer, longest)
-        trainer = make_trainer(arguments, model, examples, labels, processing_class=tokenizer)
-    metrics: dict[str, float] = {}
-    if training.do_train:
-        metrics.update(train(trainer, resume))
-    if training.do_eval:
-        metrics.update(evaluate(trainer, examples))
-    if training.do_predict:
-        predict(trainer, examples, data.task_name, labels)
-    if training.do_train:
-        publish = trainer.push_to_hub if training.push_to_hub else trainer.create_model_card
-        publish(**card_fields(arguments))
-    return metrics
+    return train_and_evaluate(arguments, config, splits, labels, resume)

@@ -1,6 +1,6 @@
-"""How the results of quickstart.py are shown: on its screen, in the README and in the model cards."""
+"""The results of the quick start as text, for its screen, the README and the model cards."""
 
-from hf_bnn import make_method
+from ..methods import make_method
 
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 HELD_OUT = 1000
@@ -8,14 +8,14 @@ MAX_LENGTH = 64
 
 
 def method_name(method: str, method_args: str | None) -> str:
-    """What a run was trained with, in words. SURGE without a branch is no more than a leaky estimator."""
+    """The training method in words. SURGE without a branch is merely a leaky straight-through estimator."""
     if method == "surge" and getattr(make_method(method, method_args), "aux", None) == "leaky":
         return f"leaky STE (surge, {method_args})"
     return method + (f" ({method_args})" if method_args else "")
 
 
 def table(results: dict) -> str:
-    """The results as the one table that is printed."""
+    """The results as a table of text."""
 
     def row(name: str, left: str, right: str, ratio: str) -> str:
         return f"{name:<34}{left:>12}{right:>12}{ratio:>12}"
