@@ -27,7 +27,6 @@ class BinaryMatmul(BinaryLayer):
 
     slots = ("left_binarizer", "right_binarizer", "around")
     product = None
-    runs_on_bits = True
     left_retained = False  # whether whatever makes the left operand keeps it for the backward pass
 
     def __init__(self, left_levels: SignedLevels, right_levels: SignedLevels):

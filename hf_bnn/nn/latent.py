@@ -39,6 +39,7 @@ class BinaryLayer(nn.Module):
 
     slots: ClassVar[tuple[str, ...]]
     binary_weight = False  # whether it has a weight and uses only its signs
+    runs_on_bits = True  # whether products of signs run on bits in training, and only bits of inputs are kept
     partial = False  # whether the method's parts run in evaluation too: see training.partial_evaluation
 
     def __init__(self, *args, **kwargs):
@@ -94,7 +95,6 @@ class WeightedLayer(BinaryLayer):
 
     slots = ("weight_binarizer", "input_binarizer", "around")
     product: LinearProduct | Conv2dProduct
-    runs_on_bits = True  # whether products of signs run on bits in training
     _step_cache: dict[str, Any] | None = None
     master_weights = False  # whether the optimizer steps on float32 copies of its own, as under FSDP and DeepSpeed
     _noted: tuple[int, int] | None = None  # (id, version) of the half-precision weight in the last pass that learned

@@ -55,6 +55,13 @@ class BinaryTrainingArguments(TrainingArguments):
         metadata={"help": "Also evaluate the partly binary model of StoMPP's training, as metrics eval_partial_..."},
     )
 
+    train_on_bits: bool = field(
+        default=True,
+        metadata={
+            "help": "On CPUs, compute the products of signs in a training step on bits, and keep bits instead of "
+            "floats for the backward pass."
+        },
+    )
     sync_batchnorm: bool = field(
         default=False,
         metadata={"help": "Compute batch normalization over the rows of all processes, not of each one separately."},
