@@ -18,8 +18,8 @@ def exit_code(error: Exception, name: str) -> int | None:
         signal has ended early. None for any other error: it is a bug, and nothing is printed.
     """
     from ..integrity import CorruptCheckpointError
-    from ..training.checked_trainer import NonFiniteTrainingError
     from ..training.interruption import UNFINISHED, UnfinishedRunError
+    from ..training.nonfinite import NonFiniteTrainingError
 
     if isinstance(error, UsageError):
         # An error from a DataLoader's worker starts with that worker's traceback.
