@@ -16,6 +16,7 @@ MOVED |= {
     "hf_bnn.methods.selective_scan": "hf_bnn.methods.fsg.nets",
     "hf_bnn.methods.unscaled_sign": "hf_bnn.methods.scaled_weight",
 }
+MOVED |= {"hf_bnn.training.jit_checkpoint": "hf_bnn.training.interruption"}
 MOVED |= {"hf_bnn.tasks.images.splits": "hf_bnn.tasks.images.data"}
 MOVED |= {"hf_bnn.training_arguments": "hf_bnn.training.arguments", "hf_bnn.quantizer": "hf_bnn.models.plug_in"}
 

@@ -339,8 +339,11 @@ def test_a_kernel_that_is_larger_than_the_image_is_an_error():
     for module in (layer, packed):
         with pytest.raises(ValueError, match="a 5 x 5 kernel does not fit into a padded input of 6 x 4"):
             module(torch.randn(1, 4, 4, 2))
-    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+    with pytest.raises(ValueError, match="a 5 x 5 kernel does not fit into a padded input of 6 x 4"):
         install_method(layer).train()(torch.randn(1, 4, 4, 2))
+    layer.runs_on_bits = False
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        layer(torch.randn(1, 4, 4, 2))
 
 
 # PackedConv2d

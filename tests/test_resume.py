@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from transformers import TrainerCallback
 
 from hf_bnn import BinaryConfig, IRNet, Stompp, Surge, binarize_, pack_
 from hf_bnn.integrity import MANIFEST, CorruptCheckpointError, is_complete, verify_manifest, write_manifest
+from hf_bnn.tasks import stages
+from hf_bnn.tasks.commandline import exit_after
+from hf_bnn.tasks.errors import exit_code
 from hf_bnn.training.checkpoints import (
     RUN_RECORD,
     chosen_checkpoint,
@@ -25,6 +29,7 @@ from hf_bnn.training.checkpoints import (
     verify_checkpoint,
     write_record,
 )
+from hf_bnn.training.interruption import STOP_SIGNALS, UnfinishedRunError
 from hf_bnn.training.run_record import differences, model_record
 
 SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
@@ -409,37 +414,95 @@ def test_a_best_model_that_was_altered_stops_the_run_that_is_resumed_at_once(run
 # SIGTERM
 
 
-class Terminated(TrainerCallback):
-    """Lets the signal's grace be over in the middle of a step."""
+class Signalled(TrainerCallback):
+    """Sends this process a signal in the middle of a step."""
 
-    def __init__(self, step):
-        self.step, self.trainer = step, None
+    def __init__(self, step: int, number: signal.Signals, times: int = 1):
+        self.step, self.number, self.times = step, number, times
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.step:
-            callback = next(c for c in self.trainer.callback_handler.callbacks if hasattr(c, "jit_manager"))
-            callback.jit_manager._enable_checkpoint()
+            for _ in range(self.times):
+                signal.raise_signal(self.number)
 
 
-def test_a_run_that_was_terminated_leaves_a_checkpoint_and_ends_as_if_it_had_not_been(tmp_path, caplog):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_run_that_was_stopped_leaves_a_checkpoint_and_ends_as_if_it_had_not_been(tmp_path, caplog, number):
     settings = {"max_steps": 5, "logging_steps": 5, "eval_strategy": "steps", "eval_steps": 3}
     dropout = {"hidden_dropout_prob": 0.1}
     straight = trainer(tmp_path / "straight", tiny_model(**dropout), **settings)
     straight.train()
-    handler = signal.getsignal(signal.SIGTERM)
-    end = Terminated(3)
+    handler = signal.getsignal(number)
     torch.manual_seed(0)
-    cut = end.trainer = trainer(
-        tmp_path / "cut", tiny_model(**dropout), callbacks=[end], enable_jit_checkpoint=True, **settings
-    )
-    assert signal.getsignal(signal.SIGTERM) is not handler
+    asked = {"enable_jit_checkpoint": True} if number == signal.SIGTERM else {}
+    cut = trainer(tmp_path / "cut", tiny_model(**dropout), callbacks=[Signalled(3, number)], **asked, **settings)
+    assert signal.getsignal(number) is handler
+    if asked:
+        assert cut.stop_signals == (number,)
+    cut.stop_signals = STOP_SIGNALS
     with caplog.at_level(logging.WARNING):
         cut.train()
+    assert f"{number.name}: the step is completed" in caplog.text
     assert "stops at step 3 of 5 and leaves checkpoint-3" in caplog.text
-    assert signal.getsignal(signal.SIGTERM) is handler
-    assert cut.state.global_step == 3
+    assert signal.getsignal(number) is handler
+    assert cut.state.global_step == cut.interruption.stopped_at == 3
     assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-3"]
     again = trainer(tmp_path / "cut", tiny_model(**dropout), **settings)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 5
+    assert again.interruption.stopped_at is None
     assert different(again.model.state_dict(), straight.model.state_dict()) == []
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    cut = trainer(tmp_path, callbacks=[Signalled(2, signal.SIGINT, times=2)], max_steps=5)
+    cut.stop_signals = STOP_SIGNALS
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert cut.state.global_step == 1
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path):
+    one = trainer(tmp_path, callbacks=[Signalled(2, signal.SIGTERM)], max_steps=2)
+    one.stop_signals = STOP_SIGNALS
+    one.train()
+    assert one.interruption.stopped_at is None
+
+
+def test_only_the_main_thread_watches_for_signals(tmp_path):
+    handler, found = signal.getsignal(signal.SIGTERM), []
+    one = trainer(tmp_path, max_steps=1)
+    one.stop_signals = STOP_SIGNALS
+
+    def train() -> None:
+        one.train()
+        found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert found == [handler]
+
+
+def test_a_stage_that_was_stopped_saves_no_final_model(tmp_path, capsys):
+    one = trainer(tmp_path, callbacks=[Signalled(2, signal.SIGUSR1)], max_steps=5)
+    with pytest.raises(UnfinishedRunError, match=r"at step 2 of 5; .*checkpoint-2 is complete.*auto") as caught:
+        stages.train(one, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
+    assert exit_code(caught.value, "run_glue.py") == 75
+    assert capsys.readouterr().err.startswith("run_glue.py: the run was stopped at step 2 of 5")
+    again = trainer(tmp_path, max_steps=5)
+    assert stages.train(again, "auto")["train_samples"] > 0
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_ctrl_c_ends_a_script_with_one_line(capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        exit_after(main)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err.endswith(": interrupted\n")

@@ -1,6 +1,7 @@
 """Small decisions of resuming, recording, distilling and uploading, each by itself."""
 
 import json
+import signal
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from hf_bnn.nn.scalar_levels import has_scalar_levels
 from hf_bnn.training.distillation import Distillation
-from hf_bnn.training.jit_checkpoint import StepEndCheckpointCallback
+from hf_bnn.training.interruption import StopAtStepEnd
 from hf_bnn.training.prediction_losses import HEADS, NEXT_TOKENS, TARGET_TOKENS
 from hf_bnn.training.resumable_trainer import _set_rates
 from hf_bnn.training.run_record import NO_STRUCTURE, SETTINGS, differences, model_record, run_record
@@ -144,13 +145,16 @@ def test_a_signal_to_any_rank_is_one_to_all(monkeypatch: pytest.MonkeyPatch, her
         flag.fill_(max(int(flag), int(elsewhere)))
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    callback = StepEndCheckpointCallback()
-    callback.jit_manager = SimpleNamespace(is_checkpoint_requested=here)
+    received = signal.SIGTERM if here else None
     for world_size, expected in ((2, here or elsewhere), (1, here)):
-        callback.trainer = SimpleNamespace(args=SimpleNamespace(world_size=world_size, device="cpu"))
-        assert callback._requested() is expected
-    callback.jit_manager = None
-    assert callback._requested() is False
+        trainer = SimpleNamespace(
+            args=SimpleNamespace(world_size=world_size, device="cpu"),
+            interruption=SimpleNamespace(received=received),
+            stop_signals=(signal.SIGTERM,),
+        )
+        assert StopAtStepEnd(trainer)._requested() is expected
+    trainer.stop_signals = ()
+    assert StopAtStepEnd(trainer)._requested() is False
 
 
 # Heads and teachers

@@ -23,7 +23,7 @@ from hf_bnn.install import calibrate_
 from hf_bnn.nn.layers import binary_layers
 from hf_bnn.nn.packed import PackedLinear
 from hf_bnn.training import method_state
-from hf_bnn.training.checked_trainer import NonFiniteTrainingError
+from hf_bnn.training.nonfinite import NonFiniteTrainingError
 
 
 def rows(count: int = 16) -> Dataset:

@@ -11,11 +11,12 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from test_trainer import arguments, rows
 from tiny import EVERY_METHOD, method_id, tiny_images, tiny_model, tiny_resnet
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from hf_bnn import BinaryTrainer, BinaryTrainingArguments
 from hf_bnn.integrity import CorruptCheckpointError, verify_manifest
 from hf_bnn.training.batch_norm import OVER_RANKS
+from hf_bnn.training.nonfinite import NonFiniteTrainingError
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
@@ -68,6 +69,38 @@ def normalized(folder: Path) -> dict:
     return found
 
 
+class NaNOnRankOne(TrainerCallback):
+    """Makes the loss of rank 1 NaN in step 1."""
+
+    def __init__(self, classifier: torch.nn.Module, rank: int):
+        self.rank, self.now = rank, False
+        classifier.register_forward_hook(lambda module, inputs, output: output * float("nan") if self.now else None)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.now = self.rank == 1 and state.global_step == 1
+
+
+def diverged(folder: Path) -> dict:
+    """How a run ends, and how it goes on, in which the loss of one rank is NaN."""
+    found = {}
+    for policy in ("stop", "skip"):
+        set_seed(0)
+        model = tiny_model()
+        args = arguments(folder / policy, max_steps=3, nonfinite=policy, save_strategy="no")
+        one = BinaryTrainer(model, args, train_dataset=rows())
+        one.add_callback(NaNOnRankOne(model.classifier, one.args.process_index))
+        try:
+            one.train()
+            found["dropped"] = {
+                "skipped": one.skipped_steps,
+                "steps": one.state.global_step,
+                "state": digest(one.bare_model.state_dict()),
+            }
+        except NonFiniteTrainingError as error:
+            found["nan"] = str(error)
+    return found
+
+
 def main(folder: Path) -> None:
     digests = {}
     for method in EVERY_METHOD:
@@ -95,7 +128,12 @@ def main(folder: Path) -> None:
                 folder / "ste.safetensors",
             )
     normalize(trainer.args.process_index, folder)
-    report = {"world_size": trainer.args.world_size, "digests": digests, "normalized": normalized(folder)}
+    report = {
+        "world_size": trainer.args.world_size,
+        "digests": digests,
+        **diverged(folder),
+        "normalized": normalized(folder),
+    }
     (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(report))
     torch.distributed.barrier()  # no rank leaves while another still talks to it
     torch.distributed.destroy_process_group()

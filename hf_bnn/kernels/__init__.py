@@ -1,5 +1,6 @@
 """Fast products of 1-bit weights, in compiled kernels or, where those are missing, in torch."""
 
+from . import training  # noqa: F401 (declares its functions before the library is loaded)
 from .attention import attention
 from .conv2d import conv2d
 from .conv2d_block import conv2d_block

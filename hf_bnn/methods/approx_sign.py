@@ -17,6 +17,8 @@ def triangle_gradient(grad: Tensor, x: Tensor, clip: float) -> Tensor:
 class ApproximateSign(Part):
     """sign(x), with the gradient of a piecewise quadratic: 2 - 2 |x| / clip inside the clip bound, 0 outside."""
 
+    emits_signs = keeps_inputs = True
+
     def __init__(self, clip: float):
         super().__init__()
         self.clip = clip

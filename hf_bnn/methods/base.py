@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional import clipped_sign, identity_sign
+from ..estimators import clipped_sign, identity_sign
 from .arguments import read_arguments
 
 SLOTS = ("weight_binarizer", "input_binarizer", "around", "optimizer_hook")
@@ -52,6 +52,8 @@ class Part(nn.Module):
     """
 
     site: Site | None = None
+    emits_signs = False  # whether, at present, it puts out -1 and +1 and nothing else: products then run on bits
+    keeps_inputs = False  # whether it keeps its inputs, 4 bytes a number, for the backward pass
 
     def begin_step(self, layer: nn.Module, step: Step) -> None:
         """Called before the first forward of an optimizer step."""
@@ -99,6 +101,8 @@ class RecordingPart(Part):
 class ClippedSign(Part):
     """sign(x), with the gradient of clamp(x, -clip, clip)."""
 
+    emits_signs = True
+
     def __init__(self, clip: float):
         super().__init__()
         self.clip = clip
@@ -112,6 +116,8 @@ class ClippedSign(Part):
 
 class IdentitySign(Part):
     """sign(w), with the gradient of w."""
+
+    emits_signs = True
 
     def forward(self, weight: Tensor) -> Tensor:
         return identity_sign(weight)

@@ -51,6 +51,7 @@ def libra_gradient(grad: Tensor, weight: Tensor, t: Tensor) -> Tensor:
 class EDESign(Part):
     """sign(x), with the gradient of the error decay estimator g(x) = k tanh(t x), where t grows over training."""
 
+    emits_signs = keeps_inputs = True
     gradient = staticmethod(ede_gradient)
 
     def __init__(self, method: "IRNet"):

@@ -30,6 +30,7 @@ def reste_weight_gradient(grad: Tensor, weight: Tensor, o: Tensor, threshold: fl
 class ReSTESign(Part):
     """sign(x), with the gradient of sign(x) |x|^(1/o), where o grows over training."""
 
+    emits_signs = keeps_inputs = True
     gradient = staticmethod(reste_gradient)
 
     def __init__(self, method: "ReSTE"):

@@ -23,6 +23,8 @@ class SignWithScaledWeightGradient(Part):
     `scaling` is the layer's weight scaling, which determines s.
     """
 
+    emits_signs = True
+
     def __init__(self, scaling: str):
         super().__init__()
         self.scaling = scaling

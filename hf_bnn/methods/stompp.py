@@ -116,6 +116,8 @@ class MaskedSign(Part):
     clip saturates. Unless `begin_step` is called, as a trainer does, all values are signs.
     """
 
+    keeps_inputs = True
+
     def __init__(self, method: "Stompp", shape: tuple[int, ...], scaling: str | None):
         super().__init__()
         self.method, self.scaling = method, scaling
@@ -128,6 +130,10 @@ class MaskedSign(Part):
 
     def binary_fraction(self) -> float:
         return self.fraction
+
+    @property
+    def emits_signs(self) -> bool:
+        return self.mask is None and self.fraction >= 1
 
     def forward(self, x: Tensor) -> Tensor:
         limit = None

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..functional import clipped_gradient, surrogate_sign
+from ..estimators import clipped_sign
 from .base import ClippedInputs, ClippedSign, Part, RecordingPart, Site
 
 AUX = ("own", "shared", "lowrank", "leaky")
@@ -136,6 +137,8 @@ class AuxiliaryBranch(BackwardRecorder):
     (U, V) of one; with None it is the layer's latent weight as it stands, and nothing is kept here.
     """
 
+    keeps_inputs = True
+
     def __init__(self, layer: nn.Module, eta: float, initial: tuple[Tensor, ...] | None):
         super().__init__()
         self.eta = eta
@@ -163,9 +166,8 @@ def _output_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def leaky_gradient(extra: Tensor, x: Tensor, clip: float, eta: float, writer: StatisticsWriter | None) -> Tensor:
+def leaky_gradient(main: Tensor, extra: Tensor, eta: float, writer: StatisticsWriter | None) -> Tensor:
     """g_b + lambda g_a where g_a, the branch's share, is the unclipped gradient itself."""
-    main = clipped_gradient(extra, x, clip)
     scale = gradient_scale(eta, main, extra)
     if writer is not None:
         writer.write(main, extra, scale)
@@ -175,12 +177,14 @@ def leaky_gradient(extra: Tensor, x: Tensor, clip: float, eta: float, writer: St
 class LeakySign(BackwardRecorder):
     """sign(x), with the clipped gradient plus lambda times the unclipped one: SURGE with W_a = the binary weights."""
 
+    emits_signs = True
+
     def __init__(self, clip: float, eta: float):
         super().__init__()
         self.clip, self.eta = clip, eta
 
     def forward(self, x: Tensor) -> Tensor:
-        return surrogate_sign(x, leaky_gradient, settings=(self.clip, self.eta, self.writer(x, self.clip)))
+        return clipped_sign(x, self.clip, partial(leaky_gradient, eta=self.eta, writer=self.writer(x, self.clip)))
 
     def clip_bound(self) -> float:
         return self.clip

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ..functional import exact_matmul, sign
 from ..kernels.reference import MASKED
-from .latent import BinaryLayer
+from .latent import BinaryLayer, signs_of
 from .levels import BooleanLevels, ElasticLevels, SignedLevels
+from .sign_products import sign_matmul, takes, whole_precision
 
 if TYPE_CHECKING:
     from ..methods.base import Method, Part, Site
@@ -26,6 +27,7 @@ class BinaryMatmul(BinaryLayer):
 
     slots = ("left_binarizer", "right_binarizer", "around")
     product = None
+    left_retained = False  # whether whatever makes the left operand keeps it for the backward pass
 
     def __init__(self, left_levels: SignedLevels, right_levels: SignedLevels):
         super().__init__()
@@ -48,14 +50,19 @@ class BinaryMatmul(BinaryLayer):
         return self._rescale(left_signs, right_signs, exact_matmul(left_signs, right_signs)).to(left.dtype)
 
     def _learning_forward(self, left: Tensor, right: Tensor) -> Tensor:
-        left_signs = self.left_binarizer(self.left_levels.normalize(left))
-        right_signs = self.right_binarizer(self.right_levels.normalize(right))
+        if self.runs_on_bits:
+            left, right = whole_precision(left), whole_precision(right)
+        left_signs = signs_of(left, self.left_levels, self.left_binarizer, self.runs_on_bits, self.left_retained)
+        right_signs = signs_of(right, self.right_levels, self.right_binarizer, self.runs_on_bits, False)
+        pure = self.runs_on_bits and self.left_binarizer.emits_signs and self.right_binarizer.emits_signs
+        if pure and takes(None, left_signs, right_signs):
+            return self._rescale(left_signs, right_signs, None)
         return self._rescale(left_signs, right_signs, left_signs @ right_signs)
 
-    def _rescale(self, left: Tensor, right: Tensor, product: Tensor) -> Tensor:
+    def _rescale(self, left: Tensor, right: Tensor, product: Tensor | None) -> Tensor:
         """sum (a s + c) (b t + d) = ab sum st + cb sum t + ad sum s + cd k."""
         (a, c), (b, d) = self.left_levels.affine(), self.right_levels.affine()
-        y = product * (a * b)
+        y = sign_matmul(left, right, torch.as_tensor(a * b)) if product is None else product * (a * b)
         if self.left_levels.shifted:
             y = y + (c * b) * right.sum(-2, keepdim=True)
         if self.right_levels.shifted:
@@ -114,7 +121,8 @@ class BinaryAttention(nn.Module):
         if (mask := additive_mask(mask, scores.dtype)) is not None:
             scores = scores + mask
         probabilities = scores.softmax(-1)
-        kept = F.dropout(probabilities, dropout, self.training)
+        kept = F.dropout(probabilities, dropout, self.training) if dropout else probabilities
+        self.context.left_retained = kept is probabilities  # by the softmax
         return self.context(kept, value), probabilities
 
 

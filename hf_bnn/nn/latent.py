@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..functional import WEIGHT_SCALINGS, learning_scale, sign, sign_int8, silence, weight_scale
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
-from .rescaling import rescale, sign_product
+from .rescaling import output_offset, rescale, sign_product
+from .sign_products import PackedSigns, takes, whole_precision
+from .sign_products import sign_product as sign_product_on_bits
 from .state_forms import own_form
 
 if TYPE_CHECKING:
@@ -22,11 +24,22 @@ BINARIZE = ("both", "weights", "activations")
 HALF = (torch.bfloat16, torch.float16)
 
 
+def signs_of(x: Tensor, levels: SignedLevels, binarizer: "Part", on_bits: bool, retained: bool) -> Tensor:
+    """An input as the method's part makes signs of it.
+
+    `on_bits`: keep little of it for the backward pass, unless the part keeps all of it. `retained`: see `normalized`.
+    """
+    if on_bits and not binarizer.keeps_inputs:
+        return binarizer(levels.normalize_compactly(x, retained))
+    return binarizer(levels.normalize(x))
+
+
 class BinaryLayer(nn.Module):
     """The base of all binary layers: it has slots, which a method fills with parts and packing empties."""
 
     slots: ClassVar[tuple[str, ...]]
     binary_weight = False  # whether it has a weight and uses only its signs
+    runs_on_bits = True  # whether products of signs run on bits in training, and only bits of inputs are kept
     partial = False  # whether the method's parts run in evaluation too: see training.partial_evaluation
 
     def __init__(self, *args, **kwargs):
@@ -59,6 +72,12 @@ class BinaryLayer(nn.Module):
             if (part := self._modules[slot]) is not None:
                 yield slot, part
 
+    def begin_step(self) -> None:
+        """Called before the first forward of an optimizer step."""
+
+    def end_backward(self) -> None:
+        """Called after the last backward of an optimizer step."""
+
     def learns(self, *tensors: Tensor) -> bool:
         """Whether the method's parts must run: in training, or when a gradient is asked for."""
         return self.training or self.partial or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
@@ -76,6 +95,7 @@ class WeightedLayer(BinaryLayer):
 
     slots = ("weight_binarizer", "input_binarizer", "around")
     product: LinearProduct | Conv2dProduct
+    _step_cache: dict[str, Any] | None = None
     master_weights = False  # whether the optimizer steps on float32 copies of its own, as under FSDP and DeepSpeed
     _noted: tuple[int, int] | None = None  # (id, version) of the half-precision weight in the last pass that learned
 
@@ -183,18 +203,50 @@ class WeightedLayer(BinaryLayer):
 
     def _learning_forward(self, x: Tensor) -> Tensor:
         """The differentiable binary operator on floats, which the part `around` runs."""
-        signs = x if self.input_binarizer is None else self.input_binarizer(self.input_levels.normalize(x))
         if self.weight_binarizer is None:
-            return self._with_float_weight(signs)
-        weight, scale = self.weight_binarizer(self.weight), self.scale()
+            return self._with_float_weight(self._input_signs(x))
+        on_bits = self.runs_on_bits and self.input_binarizer is not None
+        x = whole_precision(x) if on_bits else x
+        signs = self._input_signs(x)
+        signed, scale = self.weight_binarizer(self.weight), self.scale()
+        weight = signed
         if self.weight_scaling != "none":
             # In a channel of zeros the signs become 0, not the scale, so that its weights get a gradient.
-            weight, scale = silence(weight, scale), learning_scale(scale, weight[0].numel())
+            weight, scale = silence(signed, scale), learning_scale(scale, weight[0].numel())
         total = self.product.weight_sum(weight, x) if self.input_levels.shifted else None
         bias = None if self.bias is None else self.product.per_channel(self.bias)
-        scale = self.product.per_channel(scale)
-        y = rescale(self.product(signs, weight), scale, total, self.input_levels, bias)
+        per_channel = self.product.per_channel(scale)
+        pure = on_bits and weight is signed and self.weight_binarizer.emits_signs and self.input_binarizer.emits_signs
+        if pure and takes(self.product, signs, weight, self.weight):
+            offset = output_offset(per_channel, total, self.input_levels, bias)
+            level = torch.as_tensor(self.input_levels.affine()[0])
+            y = sign_product_on_bits(self.product, signs, weight, scale, level, offset, self._packed_signs())
+        else:
+            y = rescale(self.product(signs, weight), per_channel, total, self.input_levels, bias)
         return y.to(self.weight.dtype)
+
+    def _input_signs(self, x: Tensor) -> Tensor:
+        """The inputs as the method's part makes signs of them; `x` itself where inputs stay float."""
+        if self.input_binarizer is None:
+            return x
+        return signs_of(x, self.input_levels, self.input_binarizer, self.runs_on_bits, self.around.keeps_inputs)
+
+    def _packed_signs(self) -> PackedSigns:
+        """The weight's bits: made once in an optimizer step, if a training loop says when one begins and ends."""
+        version = (id(self.weight), self.weight._version)
+        if self._step_cache is None:
+            return PackedSigns.of(self.weight)
+        if self._step_cache.get("version") != version:
+            self._step_cache.update(version=version, signs=PackedSigns.of(self.weight))
+        return self._step_cache["signs"]
+
+    def begin_step(self) -> None:
+        """Called before the first forward of an optimizer step: until `end_backward` the weight does not change."""
+        self._step_cache = {}
+
+    def end_backward(self) -> None:
+        """Called after the last backward of an optimizer step."""
+        self._step_cache = None
 
     def _with_float_weight(self, signs: Tensor) -> Tensor:
         scale, shift = self.input_levels.affine()

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from ..estimators import normalized
 
 SMALLEST_SCALE = 1e-5
 LLOYD_ITERATIONS = 10
@@ -11,24 +12,6 @@ OFFLOADED_LEVELS = (
     "called, and levels are only read. Load the model anew with a device_map that leaves the binary layers on a "
     "device, or train it with levels='signed'"
 )
-
-
-class _Normalize(torch.autograd.Function):
-    """(x - threshold) / scale. Written out because on a CPU the passes over memory cost more than the products do."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, threshold: Tensor, scale: Tensor) -> Tensor:
-        u = (x - threshold).div_(scale)
-        ctx.save_for_backward(u, scale)
-        return u
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        u, scale = ctx.saved_tensors
-        grad_x = grad / scale
-        # du/dthreshold = -1 / scale; du/dscale = -u / scale
-        return grad_x, -grad_x.sum(), -torch.dot(grad_x.flatten(), u.flatten())
 
 
 class SignedLevels(nn.Module):
@@ -48,6 +31,10 @@ class SignedLevels(nn.Module):
     def normalize(self, x: Tensor) -> Tensor:
         """The number whose sign is taken, in units in which the levels are -1 and +1. Same shape as `x`."""
         return x
+
+    def normalize_compactly(self, x: Tensor, retained: bool) -> Tensor:
+        """`normalize`, keeping little of `x` for the backward pass: see `estimators.normalized`."""
+        return self.normalize(x)
 
     def affine(self) -> tuple[Tensor | float, Tensor | float]:
         """(scale, shift): the levels are `scale * s + shift`."""
@@ -184,7 +171,11 @@ class ElasticLevels(LearnedLevels):
 
     def normalize(self, x: Tensor) -> Tensor:
         width = self._positive_width()
-        return _Normalize.apply(x, self.threshold(), width if self.signed else width / 2)
+        return normalized(x, self.threshold(), width if self.signed else width / 2)
+
+    def normalize_compactly(self, x: Tensor, retained: bool) -> Tensor:
+        width = self._positive_width()
+        return normalized(x, self.threshold(), width if self.signed else width / 2, compact=True, retained=retained)
 
     def affine(self) -> tuple[Tensor, Tensor | float]:
         width = self._positive_width()
@@ -225,6 +216,9 @@ class BooleanLevels(ElasticLevels):
 
     def normalize(self, x: Tensor) -> Tensor:
         return x - self.threshold()
+
+    def normalize_compactly(self, x: Tensor, retained: bool) -> Tensor:
+        return self.normalize(x)
 
     def extra_repr(self) -> str:
         return ""

@@ -47,12 +47,19 @@ def rescale(
     the sum of t over what an output sees, is needed where the levels are shifted. `weight_scale`, `weight_sum` and
     `bias` have shapes that broadcast to that of `product`.
     """
-    scale, shift = levels.affine()
-    offset = bias
-    if levels.shifted:
-        offset = weight_sum * (weight_scale * shift)
-        offset = offset if bias is None else offset + bias
-    return _Rescale.apply(product, weight_scale, torch.as_tensor(scale, device=product.device), offset)
+    offset = output_offset(weight_scale, weight_sum, levels, bias)
+    scale = torch.as_tensor(levels.affine()[0], device=product.device)
+    return _Rescale.apply(product, weight_scale, scale, offset)
+
+
+def output_offset(
+    weight_scale: Tensor, weight_sum: Tensor | None, levels: SignedLevels, bias: Tensor | None
+) -> Tensor | None:
+    """The term that `rescale` adds: (c m) sum t and the bias."""
+    if not levels.shifted:
+        return bias
+    offset = weight_sum * (weight_scale * levels.affine()[1])
+    return offset if bias is None else offset + bias
 
 
 def sign_product(

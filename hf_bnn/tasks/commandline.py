@@ -136,9 +136,16 @@ def check_packed_structure(name: str, structure: dict[str, Any], stored: PreTrai
 
 
 def exit_after(main: Callable[[], object]) -> None:
-    """Call a script's `main`. An error that the user can correct exits with code 2, a damaged file with 1."""
+    """Call a script's `main`.
+
+    An error that the user can correct exits with code 2, a damaged file with 1, a run that a signal has ended early
+    with 75, a second Ctrl-C with 130.
+    """
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         code = exit_code(error, os.path.basename(sys.argv[0]))
         if code is None:

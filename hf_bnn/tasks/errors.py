@@ -14,11 +14,12 @@ def exit_code(error: Exception, name: str) -> int | None:
     """Print one line about an error to stderr, after the program's `name`.
 
     Returns:
-        2 for an error that the user can correct, 1 for a damaged file or training that diverged. None for any other
-        error: it is a bug, and nothing is printed.
+        2 for an error that the user can correct, 1 for a damaged file or training that diverged, 75 for a run that a
+        signal has ended early. None for any other error: it is a bug, and nothing is printed.
     """
     from ..integrity import CorruptCheckpointError
-    from ..training.checked_trainer import NonFiniteTrainingError
+    from ..training.interruption import UNFINISHED, UnfinishedRunError
+    from ..training.nonfinite import NonFiniteTrainingError
 
     if isinstance(error, UsageError):
         # An error from a DataLoader's worker starts with that worker's traceback.
@@ -28,6 +29,9 @@ def exit_code(error: Exception, name: str) -> int | None:
     if isinstance(error, CorruptCheckpointError | NonFiniteTrainingError):
         print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    if isinstance(error, UnfinishedRunError):
+        print(f"{name}: {error}", file=sys.stderr)
+        return UNFINISHED
     return None
 
 

@@ -13,6 +13,7 @@ from ..nn.layers import binary_layers
 from ..nn.packed import is_packed
 from ..training.arguments import BinaryTrainingArguments
 from ..training.checked_trainer import CheckedTrainer
+from ..training.interruption import STOP_SIGNALS, UnfinishedRunError
 from ..training.trainer import BinaryTrainer
 from .classification_metrics import save_evaluation
 from .errors import UsageError
@@ -43,8 +44,17 @@ def trainer_class(
 
 
 def train(trainer: CheckedTrainer, resume: str | None) -> dict[str, float]:
-    """Train, save the final model and write train_results.json."""
+    """Train, save the final model and write train_results.json.
+
+    Raises UnfinishedRunError, and saves no final model, if a signal has ended the run: SIGTERM, SIGUSR1 or Ctrl-C.
+    """
+    trainer.stop_signals = STOP_SIGNALS
     metrics = dict(trainer.train(resume_from_checkpoint=resume).metrics)
+    if (step := trainer.interruption.stopped_at) is not None:
+        raise UnfinishedRunError(
+            f"the run was stopped at step {step} of {trainer.state.max_steps}; {trainer.args.output_dir}/checkpoint-"
+            f"{step} is complete. Give the same command with --resume_from_checkpoint auto to go on"
+        )
     if hasattr(trainer.train_dataset, "__len__"):  # a stream has no length
         metrics["train_samples"] = len(trainer.train_dataset)
     trainer.save_model()

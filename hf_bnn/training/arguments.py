@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ..methods import make_method
 from .argument_checks import check_numbers
+from .nonfinite import POLICIES
 from .taught_trainer import DISTILLATION_WEIGHTS
 
 
@@ -55,6 +56,20 @@ class BinaryTrainingArguments(TrainingArguments):
         metadata={"help": "Also evaluate the partly binary model of StoMPP's training, as metrics eval_partial_..."},
     )
 
+    nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "If a loss or gradient is not finite: stop the run, or skip the optimizer step on all ranks.",
+            "choices": list(POLICIES),
+        },
+    )
+    train_on_bits: bool = field(
+        default=True,
+        metadata={
+            "help": "On CPUs, compute the products of signs in a training step on bits, and keep bits instead of "
+            "floats for the backward pass."
+        },
+    )
     sync_batchnorm: bool = field(
         default=False,
         metadata={"help": "Compute batch normalization over the rows of all processes, not of each one separately."},
@@ -68,6 +83,8 @@ class BinaryTrainingArguments(TrainingArguments):
     def check(self) -> None:
         """Raise ValueError for a setting with which a binary model cannot be trained."""
         make_method(self.method, self.method_args)  # raises for an unknown name or argument
+        if self.nonfinite not in POLICIES:
+            raise ValueError(f"nonfinite={self.nonfinite!r}: expected one of {', '.join(POLICIES)}")
         for name in ("aux_learning_rate_multiplier", "levels_learning_rate_multiplier", "distillation_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number > 0")

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
@@ -16,16 +16,13 @@ from .argument_checks import refuse_empty
 from .batch_norm import plain_batch_norm_, share_statistics_, sync_batch_norm_
 from .checkpoints import last_complete_checkpoint
 from .loop import first_nonfinite_layer
+from .nonfinite import MOST_IN_A_ROW, Finding, NonFiniteTrainingError, RunningStatistics, agreed, nonfinite
 from .resumable_trainer import ResumableTrainer
 
 logger = logging.get_logger(__name__)
 
 # Scales, shifts and slopes: pulling them to 0 would change the function of the network, not simplify it.
 NO_DECAY = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RPReLU)
-
-
-class NonFiniteTrainingError(FloatingPointError):
-    """The loss, a gradient or a weight became NaN or infinite. No step was made and nothing was saved after that."""
 
 
 class CheckedTrainer(ResumableTrainer):
@@ -37,6 +34,10 @@ class CheckedTrainer(ResumableTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.skipped_steps = 0  # that were dropped because their numbers were not finite: --nonfinite skip
+        self._skipped_in_a_row = 0
+        self._finding: Finding | None = None  # of this step
+        self._before_step: RunningStatistics | None = None
         refuse_empty(self.train_dataset, "train_dataset")
         asked = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if asked and not (self.is_fsdp_enabled or self.is_fsdp_xla_enabled):
@@ -104,53 +105,83 @@ class CheckedTrainer(ResumableTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._last_inputs = inputs
+        if self._skips and self._before_step is None:
+            self._before_step = RunningStatistics(self.bare_model)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not bool(torch.isfinite(loss).all()):
-            self._stop(f"the loss is {loss.item()}", self._first_bad_layer())
+        if self._finding is None and not bool(torch.isfinite(loss).all()):
+            where = self._first_bad_layer() or "the loss itself"
+            self._finding = Finding(f"the loss is {loss.item()}", where, in_loss=True)
+            if self.args.world_size == 1 and not self._skips:
+                self._stop(self._finding)
         return loss
 
     def _clip_grad_norm(self, model):
-        self._check_gradients()  # before clipping, which would spread a NaN to all gradients
+        self._check_step()  # before clipping, which would spread a NaN to all gradients
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model, grad_norm=None):
         if grad_norm is None:
-            self._check_gradients()
+            self._check_step()
         return super()._get_grad_norm(model, grad_norm)
 
-    def _check_gradients(self) -> None:
+    @property
+    def _skips(self) -> bool:
+        return getattr(self.args, "nonfinite", "stop") == "skip"
+
+    def _check_step(self) -> None:
+        """Before an optimizer step: stop the run, or drop the step, if the numbers of any rank are not finite."""
+        finding = agreed(self._finding or self._bad_gradient(), self.args.world_size, self.args.device)
+        before, self._before_step, self._finding = self._before_step, None, None
+        if finding is None:
+            self._skipped_in_a_row = 0
+            return
+        if not self._skips:
+            self._stop(finding)
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > MOST_IN_A_ROW:
+            self._stop(finding._replace(what=f"{finding.what}, in {self._skipped_in_a_row} steps one after the other,"))
+        self._warn(f"step {self.state.global_step} is dropped, {self.skipped_steps} in all: {finding}")
+        before.restore()
+        self.bare_model.zero_grad(set_to_none=True)  # the optimizer then has nothing to apply
+
+    def _bad_gradient(self) -> Finding | None:
         # fp16's scaler skips such steps itself. Sharded gradients are not available here.
         if self.accelerator.scaler is not None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return
+            return None
         gradients = {name: p.grad for name, p in self.bare_model.named_parameters() if p.grad is not None}
-        if not bool(torch.nn.utils.get_total_norm(gradients.values()).isfinite()):
-            bad = [name for name, gradient in gradients.items() if _nonfinite(gradient)]
-            # The sign function hides a NaN: the forward pass may have one while the loss is finite.
-            where = self._first_bad_layer() or f"the gradient of {bad[-1]}, the first in backward order"
-            self._stop("a gradient is not finite", where)
+        if bool(torch.nn.utils.get_total_norm(gradients.values()).isfinite()):
+            return None
+        bad = [name for name, gradient in gradients.items() if nonfinite(gradient)]
+        # The sign function hides a NaN: the forward pass may have one while the loss is finite.
+        where = self._first_bad_layer() or f"the gradient of {bad[-1]}, the first in backward order"
+        return Finding("a gradient is not finite", where)
 
     def _first_bad_layer(self) -> str | None:
+        if self.args.world_size > 1 and getattr(self.args, "sync_batchnorm", False):
+            return None  # a forward pass of this rank alone would wait for the others
         inputs = self._prepare_inputs(self._last_inputs)
         layer = first_nonfinite_layer(self.bare_model, lambda: self.compute_loss(self.bare_model, inputs))
         return layer and f"the output of {layer}"
 
-    def _stop(self, what: str, where: str | None) -> None:
+    def _stop(self, finding: Finding) -> None:
         last = last_complete_checkpoint(self.args.output_dir)
         raise NonFiniteTrainingError(
-            f"{what} at step {self.state.global_step}; it began in {where or 'the loss itself'}. "
+            f"{finding.what} at step {self.state.global_step}; it began in {finding.where}. "
             f"The last good checkpoint is {last or 'none'}: go on from it with a learning rate below "
             f"{self.args.learning_rate}, or with a smaller max_grad_norm than {self.args.max_grad_norm}"
         )
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.skipped_steps and "loss" in logs:
+            logs = {**logs, "skipped_steps": self.skipped_steps}
+        super().log(logs, *args, **kwargs)
+
     # Saving
 
     def _save_checkpoint(self, model, trial) -> None:
-        bad = [name for name, p in self.bare_model.named_parameters() if _nonfinite(p)]
+        bad = [name for name, p in self.bare_model.named_parameters() if nonfinite(p)]
         if bad:
-            self._stop("a weight is not finite", bad[0])
+            self._stop(Finding("a weight is not finite", bad[0]))
         share_statistics_(self.bare_model)
         super()._save_checkpoint(model, trial)
-
-
-def _nonfinite(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_floating_point() and not bool(tensor.isfinite().all())

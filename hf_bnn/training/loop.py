@@ -38,10 +38,14 @@ def begin_step(model: nn.Module, step: Step) -> None:
     """Call it before the first forward pass of an optimizer step."""
     for _, layer, part in parts(model):
         part.begin_step(layer, step)
+    for layer in binary_layers(model):
+        layer.begin_step()
 
 
 def end_backward(model: nn.Module, step: Step) -> None:
     """Call it after the last backward pass of an optimizer step, before `optimizer.step()`."""
+    for layer in binary_layers(model):
+        layer.end_backward()
     for _, layer, part in parts(model):
         part.end_backward(layer, step)
 

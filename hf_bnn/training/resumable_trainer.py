@@ -27,7 +27,7 @@ from .checkpoints import (
     verify_checkpoint,
     write_record,
 )
-from .jit_checkpoint import StepEndCheckpointCallback
+from .interruption import Interruption, StopAtStepEnd
 from .run_record import Difference, differences, now, run_record
 
 logger = logging.get_logger(__name__)
@@ -47,7 +47,8 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._started: str | None = None
-        StepEndCheckpointCallback.take_over(self)
+        self.interruption = Interruption()
+        self.stop_signals = StopAtStepEnd.take_over(self)  # with which a run ends early, leaving a checkpoint
 
     @property
     def bare_model(self) -> nn.Module:
@@ -133,7 +134,8 @@ class ResumableTrainer(Trainer):
                 f"{len(left)} in all), which this run will mix with its own and overwrite: choose another folder, or "
                 "go on with resume_from_checkpoint=True"
             )
-        return super().train(folder, *args, **kwargs)
+        with self.interruption.watched(self.stop_signals):
+            return super().train(folder, *args, **kwargs)
 
     def checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
         """The complete checkpoint that `asked` means; None: none. Raises CorruptCheckpointError or ValueError."""

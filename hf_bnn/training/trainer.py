@@ -88,6 +88,7 @@ class BinaryTrainer(PackedSaving, PublicUploads, IndependentTrials, TaughtTraine
         self._method_at_first = (args.method, args.method_args)
         self.method = make_method(args.method, args.method_args) if method is None else method
         self.teacher = teacher_model
+        self._train_on_bits = args.train_on_bits
         if model is not None:
             self.prepare_model(model)
         self._hooked: torch.optim.Optimizer | None = None
@@ -116,6 +117,8 @@ class BinaryTrainer(PackedSaving, PublicUploads, IndependentTrials, TaughtTraine
             )
         upcast_(model)
         install_method(model, self.method)
+        for layer in binary_layers(model):
+            layer.runs_on_bits = self._train_on_bits
         if hasattr(model, "config"):
             model.config.method = self.method.to_dict()
 
@@ -123,6 +126,7 @@ class BinaryTrainer(PackedSaving, PublicUploads, IndependentTrials, TaughtTraine
         model = super().call_model_init(trial)
         self.method, self._hooked = self._chosen_method(), None
         self.args.check()  # a hyperparameter search may have set them
+        self._train_on_bits = self.args.train_on_bits
         self.prepare_model(model)
         return model
 

@@ -143,6 +143,31 @@ EXPORTED int hf_bnn_conv2d_block(int64_t set, parallel_for pool, int64_t threads
 EXPORTED int hf_bnn_max_pool(int64_t set, parallel_for pool, const struct pool_shape *shape, const float *x,
                              const float *alpha, const float *beta, int fused, float *out);
 
+/* Elementwise functions of training steps. Bit i of word n belongs to element 32 * n + i; bytes are int8. */
+enum {
+    SIGNS,          /* floats: -1 where x < 0, else +1 */
+    SIGN_BITS,      /* bits: 1 where x < 0 */
+    INSIDE_BITS,    /* bits: 1 where -number < x < number */
+    SIGNS_OF_BITS,  /* floats: -1 where a bit is 1, else +1 */
+    KEEP_WHERE,     /* floats: x times the bit */
+    TO_BYTES,       /* bytes: x * number, rounded away from 0, from -127 to 127 */
+    FROM_BYTES,     /* floats: the middle of what a byte stands for, over `number` */
+    SIGNS_OF_BYTES, /* floats: -1 where a byte is < 0, else +1 */
+    KEEP_WITHIN,    /* floats: x where the size of the byte is at most `number`, else 0 * x */
+};
+
+/* One of these functions of `count` elements. `codes`: bits or bytes. `codes` or `x` may be NULL where it is not read. */
+EXPORTED void hf_bnn_elements(int64_t set, parallel_for pool, int64_t function, int64_t count, const void *codes,
+                              const float *x, float number, void *out);
+
+/* The signs of float weights to panels: (rows, inputs) if `taps` is 0, else a convolution's (rows, inputs, taps). */
+EXPORTED int hf_bnn_pack_weight(int64_t set, parallel_for pool, const float *x, int64_t rows, int64_t inputs,
+                                int64_t taps, uint32_t *out);
+
+/* The products of the signs of (batch, rows, inputs) and (batch, outputs, inputs), to (batch, rows, outputs). */
+EXPORTED int hf_bnn_sign_products(int64_t set, parallel_for pool, const float *left, const float *right, int64_t batch,
+                                  int64_t rows, int64_t inputs, int64_t outputs, float *out);
+
 /* A digest of these bytes. */
 EXPORTED uint64_t hf_bnn_digest(const struct memory_span *spans, int64_t count);
 

@@ -118,6 +118,16 @@ struct instruction_set {
      * `unsure` to 1 for a query whose bits torch may see otherwise, else to 0. */
     void (*attend)(const struct scores *s, const uint32_t *queries, int64_t count, const uint32_t *masked,
                    int64_t masked_step, uint32_t *counts, uint32_t *out, int64_t out_step, uint8_t *unsure);
+    /* See hf_bnn_elements. */
+    void (*signs)(const float *x, int64_t count, float *out);
+    void (*sign_bits)(const float *x, int64_t count, uint32_t *bits);
+    void (*inside_bits)(const float *x, int64_t count, float bound, uint32_t *bits);
+    void (*signs_of_bits)(const uint32_t *bits, int64_t count, float *out);
+    void (*keep_where)(const uint32_t *bits, const float *x, int64_t count, float *out);
+    void (*to_bytes)(const float *x, int64_t count, float steps, int8_t *out);
+    void (*from_bytes)(const int8_t *bytes, int64_t count, float steps, float *out);
+    void (*signs_of_bytes)(const int8_t *bytes, int64_t count, float *out);
+    void (*keep_within)(const int8_t *bytes, const float *x, int64_t count, int64_t most, float *out);
 };
 
 /* The i-th instruction set that this library was built with, best first; NULL after the last one. */
