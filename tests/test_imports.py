@@ -19,7 +19,9 @@ PACKAGE = Path(__file__).parents[1] / "hf_bnn"
 FLOORS = [
     {"machine", "observers", "integrity", "method_table", "moved"},
     {"functional"},
-    {"methods", "kernels"},
+    {"kernels"},
+    {"estimators"},
+    {"methods"},
     {"nn"},
     {"fused", "install", "selection"},
     {"adapters", "convert", "execution", "summary"},
