@@ -95,6 +95,7 @@ def identity_sign(x: Tensor) -> Tensor:
     return _IdentitySign.apply(x)
 
 
+EXACT_SUMS = 2**24  # float32 holds all sums of fewer signs
 WEIGHT_SCALINGS = ("channel", "layer", "none")
 
 
@@ -226,10 +227,18 @@ def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
 
+@cache
+def cpu_multiplies_int8() -> bool:
+    """Whether torch's int8 product is fast here. Without VNNI, x86 takes many times as long for it as for floats."""
+    has = torch.cpu.get_capabilities()
+    return has.get("architecture") != "x86_64" or any(bool(has.get(name)) for name in ("avx512_vnni", "avx_vnni"))
+
+
 def _int8_product_takes(rows: Tensor, right: Tensor) -> bool:
     if rows.numel() == 0 or right.numel() == 0 or transformed():  # vmap would run it row by row
         return False
     if rows.device.type == "cpu":
-        return rows.shape[1] > 1  # of a single input torch 2.13 leaves the sums uninitialised
+        # Of a single input torch 2.13 leaves the sums uninitialised.
+        return rows.shape[1] > 1 and (cpu_multiplies_int8() or rows.shape[1] >= EXACT_SUMS)
     fits = rows.shape[0] > 16 and rows.shape[1] % 8 == 0 and right.shape[0] % 8 == 0
     return rows.device.type == "cuda" and fits

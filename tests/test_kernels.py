@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_bnn import kernels
-from hf_bnn.functional import pack_bits
+from hf_bnn.functional import integer_product, pack_bits
 from hf_bnn.kernels import Conv2dWeight, LinearWeight, library, weights
 from hf_bnn.kernels.ops import OPS
 from hf_bnn.nn.layers import rescale
 from hf_bnn.nn.levels import ElasticLevels, SignedLevels, UnsignedLevels
 from hf_bnn.nn.packed import PackedConv2d
-from hf_bnn.nn.products import Conv2dProduct, LinearProduct
+from hf_bnn.nn.products import Conv2dProduct
 
 every_seed = pytest.mark.parametrize("seed", range(40))
 SIZES = (0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 300)
@@ -677,5 +677,5 @@ def test_a_buffer_that_cannot_be_allocated_is_an_error(monkeypatch: pytest.Monke
 
 def test_linear_products_agree_with_the_layers():
     x, w = torch.randn(4, 6, 50), torch.randn(9, 50)
-    expected = LinearProduct().of_signs(signs(x).to(torch.int8), signs(w).to(torch.int8))
+    expected = integer_product(signs(x).to(torch.int8), signs(w).to(torch.int8))
     assert torch.equal(kernels.linear(x, linear_weight(w), torch.ones(9)), expected)

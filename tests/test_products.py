@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_bnn import kernels
 from hf_bnn.nn.products import Conv2dProduct, LinearProduct
 
 # Nothing is square, and no two numbers of a geometry are alike.
@@ -31,9 +32,11 @@ every_product = pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUC
 
 
 @every_product
-def test_the_exact_product_is_that_of_floats_and_has_the_shape_foretold(product):
+@pytest.mark.parametrize("backend", kernels.available())
+def test_the_exact_product_is_that_of_floats_and_has_the_shape_foretold(product, backend: str):
     x, weight = operands(product)
-    found = product.of_signs(x, weight)
+    with kernels.using(backend):
+        found = product.of_signs(x, weight)
     assert found.dtype == torch.float32
     assert torch.equal(found, product(x.float(), weight.float()))
     assert tuple(found.shape) == product.output_shape(x, weight.shape)

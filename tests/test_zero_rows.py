@@ -137,6 +137,6 @@ def test_a_layer_without_zeros_trains_as_if_zeros_were_not_thought_of(monkeypatc
         net, x = net_of("linear", STE(), "channel", slice(0))
         step(net, STE(), x, 3)
         found.append([p.detach().clone() for p in net.parameters()])
-        monkeypatch.setattr("hf_bnn.nn.layers.silence", lambda signs, scale: signs)
-        monkeypatch.setattr("hf_bnn.nn.layers.learning_scale", lambda scale, inputs: scale)
+        monkeypatch.setattr("hf_bnn.nn.latent.silence", lambda signs, scale: signs)
+        monkeypatch.setattr("hf_bnn.nn.latent.learning_scale", lambda scale, inputs: scale)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -28,6 +28,12 @@ def runs_on_bits(x: Tensor) -> bool:
     return x.dtype == torch.float32 and runs_directly(x) and instruction_set() is not None
 
 
+def takes_signs(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of these int8 signs is faster here than torch's, which some processors compute slowly."""
+    ready = runs_directly(x, weight) and type(weight) is Tensor and instruction_set() is not None
+    return ready and bool(x.numel()) and bool(weight.numel())
+
+
 def dense(x: Tensor) -> Tensor:
     """`x` without gaps or overlaps in its memory, in whatever order."""
     return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.contiguous()

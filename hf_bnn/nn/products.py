@@ -6,7 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import kernels
 from ..functional import exactly, integer_conv2d, integer_product
+from ..kernels import training as on_bits
+from ..kernels.weights import Conv2dWeight, LinearWeight
+
+
+def linear_weight(weight: Tensor) -> LinearWeight:
+    """The signs of contiguous float32 `(out, in)` as compiled kernels take them."""
+    return LinearWeight(on_bits.linear_panels(weight), weight.shape[1], weight.shape[0])
+
+
+def conv2d_weight(weight: Tensor) -> Conv2dWeight:
+    """The signs of contiguous float32 `(out, in, kh, kw)`, of one group, as compiled kernels take them."""
+    out, channels, height, width = weight.shape
+    corners = torch.zeros(height + 1, width + 1, out, dtype=torch.int32)
+    corners[1:, 1:] = on_bits.signs(weight).sum(1).to(torch.int32).permute(1, 2, 0).cumsum(0).cumsum(1)
+    return Conv2dWeight(on_bits.conv2d_panels(weight), corners, channels, 1)
 
 
 class LinearProduct(NamedTuple):
@@ -20,7 +36,10 @@ class LinearProduct(NamedTuple):
 
     def of_signs(self, x: Tensor, weight: Tensor) -> Tensor:
         """The exact product of int8 signs, as float32."""
-        return integer_product(x, weight)
+        if not on_bits.takes_signs(x, weight):
+            return integer_product(x, weight)
+        ones = torch.ones(weight.shape[0])
+        return kernels.LinearCall(linear_weight(weight.float().contiguous()), ones, None, 0.0)(x.float())
 
     def weight_sum(self, weight: Tensor, x: Tensor) -> Tensor:
         """The sum of the weights that each output for `x` sees, in a shape that broadcasts to the output's."""
@@ -58,8 +77,11 @@ class Conv2dProduct(NamedTuple):
         return F.conv2d(x, weight.flatten().view(weight.shape), None, *self)
 
     def of_signs(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The exact product of int8 signs, as float32."""
-        return integer_conv2d(x, weight, *self)
+        """The exact product of int8 signs, as float32, channels last in memory."""
+        if self.groups > 1 or not on_bits.takes_signs(x, weight):
+            return integer_conv2d(x, weight, *self)
+        ones, geometry = torch.ones(weight.shape[0]), (self.stride, self.padding, self.dilation)
+        return kernels.conv2d(x.float(), conv2d_weight(weight.float().contiguous()), ones, None, None, *geometry)
 
     def weight_sum(self, weight: Tensor, x: Tensor) -> Tensor:
         """The sum of the weights that each output for `x` sees: fewer at the border. `(out, H', W')`, float32."""

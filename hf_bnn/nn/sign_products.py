@@ -17,7 +17,7 @@ from ..estimators import Kept
 from ..kernels import training as on_bits
 from ..kernels.operands import runs_directly
 from ..kernels.weights import Conv2dWeight, LinearWeight
-from .products import Conv2dProduct, LinearProduct
+from .products import Conv2dProduct, LinearProduct, conv2d_weight, linear_weight
 
 
 class SignBits(NamedTuple):
@@ -51,12 +51,7 @@ class PackedSigns(NamedTuple):
     def of(cls, latent: Tensor) -> "PackedSigns":
         """Of float32 `(out, in)` or `(out, in, kh, kw)`."""
         rows = latent.detach().contiguous()
-        if latent.dim() == 2:
-            return cls(latent, LinearWeight(on_bits.linear_panels(rows), latent.shape[1], latent.shape[0]))
-        out, channels, height, width = latent.shape
-        corners = torch.zeros(height + 1, width + 1, out, dtype=torch.int32)
-        corners[1:, 1:] = on_bits.signs(rows).sum(1).to(torch.int32).permute(1, 2, 0).cumsum(0).cumsum(1)
-        return cls(latent, Conv2dWeight(on_bits.conv2d_panels(rows), corners, channels, 1))
+        return cls(latent, linear_weight(rows) if latent.dim() == 2 else conv2d_weight(rows))
 
 
 def takes(product: LinearProduct | Conv2dProduct | None, *operands: Tensor) -> bool:
