@@ -191,6 +191,30 @@ def test_the_run_glue_command_of_the_guide_runs(hub, tmp_path):
     check_run(tmp_path / "sst2-binary")
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_command_of_the_guide_for_two_processes_runs_two(hub, tmp_path):
+    words = command_of("accelerate launch --config_file scripts/accelerate/cpu_2_processes.yaml")
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:], "--max_steps", "2"]
+    output = run_at(hub, words, tmp_path)
+    assert "process 0 of 2" in output
+    assert "process 1 of 2" in output
+    check_run(tmp_path / "sst2-binary")
+
+
+@pytest.mark.parametrize("name", ["cpu_2_processes", "one_machine", "two_machines"])
+def test_accelerate_reads_the_configurations(name: str):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / f"{name}.yaml"))
+    assert config.num_processes % config.num_machines == 0
+    assert config.num_machines == (2 if name == "two_machines" else 1)
+
+
+def test_the_slurm_job_is_a_shell_script():
+    subprocess.run(["bash", "-n", ROOT / "scripts" / "accelerate" / "train.sbatch"], check=True)
+
+
 @pytest.mark.multiprocess
 def test_the_run_image_classification_command_of_the_guide_runs(hub, tmp_path):
     words = command_of("python scripts/run_image_classification.py")
