@@ -227,11 +227,13 @@ def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
 
-@cache
 def cpu_multiplies_int8() -> bool:
     """Whether torch's int8 product is fast here. Without VNNI, x86 takes many times as long for it as for floats."""
     has = torch.cpu.get_capabilities()
     return has.get("architecture") != "x86_64" or any(bool(has.get(name)) for name in ("avx512_vnni", "avx_vnni"))
+
+
+CPU_MULTIPLIES_INT8 = cpu_multiplies_int8()  # asked once: torch.compile cannot trace a cache
 
 
 def _int8_product_takes(rows: Tensor, right: Tensor) -> bool:
@@ -239,6 +241,6 @@ def _int8_product_takes(rows: Tensor, right: Tensor) -> bool:
         return False
     if rows.device.type == "cpu":
         # Of a single input torch 2.13 leaves the sums uninitialised.
-        return rows.shape[1] > 1 and (cpu_multiplies_int8() or rows.shape[1] >= EXACT_SUMS)
+        return rows.shape[1] > 1 and (CPU_MULTIPLIES_INT8 or rows.shape[1] >= EXACT_SUMS)
     fits = rows.shape[0] > 16 and rows.shape[1] % 8 == 0 and right.shape[0] % 8 == 0
     return rows.device.type == "cuda" and fits

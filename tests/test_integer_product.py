@@ -18,7 +18,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], tuple
         return product(left, right)
 
     monkeypatch.setattr(functional.torch, "_int_mm", noted)
-    monkeypatch.setattr(functional, "cpu_multiplies_int8", lambda: True)
+    monkeypatch.setattr(functional, "CPU_MULTIPLIES_INT8", True)
     return made
 
 
@@ -48,14 +48,14 @@ def test_a_processor_without_integer_products_multiplies_floats(
     made, product = [], torch._int_mm
     monkeypatch.setattr(functional.torch, "_int_mm", lambda *pair: made.append(pair) or product(*pair))
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    functional.cpu_multiplies_int8.cache_clear()
+    assert functional.cpu_multiplies_int8() is fast
+    monkeypatch.setattr(functional, "CPU_MULTIPLIES_INT8", fast)
     left, right = signs(6, 5), signs(4, 5)
     assert torch.equal(integer_product(left, right), left.float() @ right.t().float())
     assert bool(made) is fast
     monkeypatch.setattr(functional, "EXACT_SUMS", 5)  # floats would not be exact
     assert torch.equal(integer_product(left, right), left.float() @ right.t().float())
     assert len(made) == 1 + fast
-    functional.cpu_multiplies_int8.cache_clear()
 
 
 def test_convolutions_run_on_integers_unless_they_are_grouped(shapes: list):

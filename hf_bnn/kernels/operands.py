@@ -9,8 +9,6 @@ from ..observers import looked_on
 from .library import LinearPlan, call, instruction_set, thread_pool, threads_for
 from .weights import PANEL, LinearWeight, linear_shape
 
-PLAIN = (Tensor, torch.nn.Parameter)  # no subclass, which may want to see what is done to it
-
 # A comparison in float32 is exact for these.
 COMPARABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,7 +29,7 @@ def runs_directly(x: Tensor, *others: Tensor) -> bool:
 
     It may not where something observes the dispatcher, such as torch.compile or a dispatch mode.
     """
-    return type(x) in PLAIN and x.is_cpu and all(other.is_cpu for other in others) and not looked_on()
+    return type(x) is Tensor and x.is_cpu and all(other.is_cpu for other in others) and not looked_on()
 
 
 def floats(values: Tensor | None, size: int) -> Tensor:

@@ -25,13 +25,14 @@ PRODUCTS_WORTH_THREADS = 20_000_000  # multiply-accumulates
 
 def runs_on_bits(x: Tensor) -> bool:
     """Whether the functions here take `x`: float32, on the CPU, and nothing that must see each torch operation."""
-    return x.dtype == torch.float32 and runs_directly(x) and instruction_set() is not None
+    plain = x.detach() if type(x) is torch.nn.Parameter else x
+    return x.dtype == torch.float32 and runs_directly(plain) and instruction_set() is not None
 
 
 def takes_signs(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of these int8 signs is faster here than torch's, which some processors compute slowly."""
     ready = runs_directly(x, weight) and type(weight) is Tensor and instruction_set() is not None
-    return ready and bool(x.numel()) and bool(weight.numel())
+    return ready and bool(x.numel()) and bool(weight.numel()) and x.dim() > 1
 
 
 def dense(x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class LinearProduct(NamedTuple):
 
     def of_signs(self, x: Tensor, weight: Tensor) -> Tensor:
         """The exact product of int8 signs, as float32."""
-        if not on_bits.takes_signs(x, weight):
+        if x.shape[-1] != weight.shape[1] or not on_bits.takes_signs(x, weight):
             return integer_product(x, weight)
         ones = torch.ones(weight.shape[0])
         return kernels.LinearCall(linear_weight(weight.float().contiguous()), ones, None, 0.0)(x.float())
@@ -78,7 +78,7 @@ class Conv2dProduct(NamedTuple):
 
     def of_signs(self, x: Tensor, weight: Tensor) -> Tensor:
         """The exact product of int8 signs, as float32, channels last in memory."""
-        if self.groups > 1 or not on_bits.takes_signs(x, weight):
+        if self.groups > 1 or x.shape[1] != weight.shape[1] or not on_bits.takes_signs(x, weight):
             return integer_conv2d(x, weight, *self)
         ones, geometry = torch.ones(weight.shape[0]), (self.stride, self.padding, self.dilation)
         return kernels.conv2d(x.float(), conv2d_weight(weight.float().contiguous()), ones, None, None, *geometry)
