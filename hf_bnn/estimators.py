@@ -18,12 +18,11 @@ from .kernels import training as on_bits
 STEPS = 32  # of a byte in a unit of the levels: sizes up to 4 are told apart
 LARGEST = 126  # bytes up to which a size is exact: see on_bits.to_bytes
 
-
 Compensation = Callable[[Tensor, Tensor], Tensor]
 
 
 class Kept(NamedTuple):
-    """What is kept of an input u, in units of its levels. Its tensors may be saved for a backward pass.
+    """The record of an input u, in units of its levels. Its tensors may be saved for a backward pass.
 
     Either bytes of u, or (if whatever made the input keeps it anyway) the input, the threshold and the scale: then
     u = (x - threshold) / scale is computed again.

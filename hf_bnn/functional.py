@@ -75,26 +75,6 @@ def surrogate_sign(x: Tensor, gradient: Callable[..., Tensor], *tensors: Tensor,
     return _SurrogateSign.apply(x, gradient, settings, *tensors)
 
 
-def clipped_sign(x: Tensor, clip: float = 1.0) -> Tensor:
-    """sign(x) with the gradient of clamp(x, -clip, clip): the straight-through estimator (arXiv 1602.02830, eq. 4)."""
-    return surrogate_sign(x, clipped_gradient, settings=(clip,))
-
-
-class _IdentitySign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return sign(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad
-
-
-def identity_sign(x: Tensor) -> Tensor:
-    """sign(x) with the gradient of x: the straight-through estimator without a clip bound."""
-    return _IdentitySign.apply(x)
-
-
 EXACT_SUMS = 2**24  # float32 holds all sums of fewer signs
 WEIGHT_SCALINGS = ("channel", "layer", "none")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_bnn.functional import clipped_sign, identity_sign
+from hf_bnn.estimators import clipped_sign, identity_sign
 from hf_bnn.methods.surge import AuxiliaryBranch
 from hf_bnn.nn.products import Conv2dProduct, LinearProduct
 

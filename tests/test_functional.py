@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_bnn.estimators import clipped_sign, identity_sign
 from hf_bnn.functional import (
     clipped_gradient,
-    clipped_sign,
     exact_matmul,
-    identity_sign,
     integer_product,
     pack_bits,
     sign,

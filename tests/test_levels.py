@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_bnn.functional import clipped_sign, sign, sign_int8
+from hf_bnn.estimators import clipped_sign
+from hf_bnn.functional import sign, sign_int8
 from hf_bnn.nn.levels import SMALLEST_SCALE, BooleanLevels, ElasticLevels, SignedLevels, UnsignedLevels
 
 

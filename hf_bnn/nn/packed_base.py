@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..functional import clipped_sign
+from ..estimators import clipped_sign
 from ..kernels.sources import Source, Sources, tensors_of
 from ..observers import looked_on
 from .layers import WeightedLayer, rescale, sign_product
