@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read when transformers and tokenizers are imported: before anything else imports them.
@@ -45,6 +46,19 @@ def wants_threads(monkeypatch: pytest.MonkeyPatch):
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def script_logging() -> Iterator[None]:
+    """A run script sets the verbosity of datasets and transformers: it is undone after the module's tests."""
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = datasets_logging.get_verbosity(), transformers_logging.get_verbosity()
+    yield
+    datasets_logging.set_verbosity(before[0])
+    transformers_logging.set_verbosity(before[1])
+    transformers_logging.reset_format()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Data, models and fixtures of the tests that run the image task in this process."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
-from datasets.utils.logging import get_verbosity, set_verbosity
 from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
@@ -19,7 +18,6 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
-from transformers.utils import logging as transformers_logging
 
 from hf_bnn.tasks.images import run as task
 
@@ -89,13 +87,9 @@ def save_vit(folder: Path, trained: bool = True, mean: float = 0.5, **kwargs: An
 
 
 @pytest.fixture(scope="module", name="script")
-def task_module() -> Iterator[ModuleType]:
-    """The script's module. The verbosity that it sets is undone."""
-    before = get_verbosity(), transformers_logging.get_verbosity()
-    yield task
-    set_verbosity(before[0])
-    transformers_logging.set_verbosity(before[1])
-    transformers_logging.reset_format()
+def task_module(script_logging: None) -> ModuleType:
+    """The module of the task that the script runs."""
+    return task
 
 
 @pytest.fixture(name="run")

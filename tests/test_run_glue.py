@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from datasets.utils.logging import get_verbosity, set_verbosity
 from fake_hub import FakeHub
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, BertTokenizer
-from transformers.utils import logging as transformers_logging
 
 import hf_bnn
 from hf_bnn.nn.packed import is_packed
@@ -79,13 +77,9 @@ def save_bert(folder: Path, trained: bool = True, **kwargs: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_glue() -> Iterator[ModuleType]:
-    """The script's module. The verbosity that it sets is undone."""
-    before = get_verbosity(), transformers_logging.get_verbosity()
-    yield task
-    set_verbosity(before[0])
-    transformers_logging.set_verbosity(before[1])
-    transformers_logging.reset_format()
+def run_glue(script_logging: None) -> ModuleType:
+    """The module of the task that the script runs."""
+    return task
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,29 @@ def predict(
             logger.info(f"{len(logits)} predictions of {name} in {path}")
 
 
+def run_stages(
+    trainer: CheckedTrainer,
+    splits: dict[str, PreparedSplit],
+    labels: Labels,
+    logger: logging.Logger,
+    resume: str | None,
+    card_fields: dict[str, Any],
+    task: str | None = None,
+) -> dict[str, float]:
+    """The stages that the arguments ask for, in their order; what all_results.json holds."""
+    training = trainer.args
+    metrics: dict[str, float] = {}
+    if training.do_train:
+        metrics.update(train(trainer, resume))
+    if training.do_eval:
+        metrics.update(evaluate(trainer, splits))
+    if training.do_predict:
+        predict(trainer, splits, labels, logger, task)
+    if training.do_train:
+        publish(trainer, card_fields)
+    return metrics
+
+
 def publish(trainer: CheckedTrainer, card_fields: dict[str, Any]) -> None:
     """Write the model card; with --push_to_hub, push the model and its card."""
     write = trainer.push_to_hub if trainer.args.push_to_hub else trainer.create_model_card

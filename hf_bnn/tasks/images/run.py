@@ -82,21 +82,11 @@ def train_and_evaluate(
     arguments: Arguments, config: PreTrainedConfig, splits: Splits, labels: Labels, resume: str | None
 ) -> dict[str, float]:
     """A whole run once its data is loaded, or one of the two of --two_step; what all_results.json holds."""
-    training = arguments.training
-    set_seed(training.seed)
+    set_seed(arguments.training.seed)
     with user_errors():
         model = load_model(arguments.model, config, labels)
         trainer, prepared = make_trainer(arguments, model, splits, labels)
-    metrics: dict[str, float] = {}
-    if training.do_train:
-        metrics.update(stages.train(trainer, resume))
-    if training.do_eval:
-        metrics.update(stages.evaluate(trainer, prepared))
-    if training.do_predict:
-        stages.predict(trainer, prepared, labels, logger)
-    if training.do_train:
-        stages.publish(trainer, card_fields(arguments))
-    return metrics
+    return stages.run_stages(trainer, prepared, labels, logger, resume, card_fields(arguments))
 
 
 def train_in_two_steps(

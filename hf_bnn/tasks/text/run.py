@@ -93,21 +93,13 @@ def train_and_evaluate(
     arguments: Arguments, config: PreTrainedConfig, splits: dict[str, Split], labels: Labels, resume: str | None
 ) -> dict[str, float]:
     """A whole run once its data is loaded; what all_results.json holds."""
-    training = arguments.training
-    set_seed(training.seed)
+    set_seed(arguments.training.seed)
     with user_errors():
         model = load_model(arguments.model, config, labels)
         trainer, prepared = make_trainer(arguments, model, splits, labels)
-    metrics: dict[str, float] = {}
-    if training.do_train:
-        metrics.update(stages.train(trainer, resume))
-    if training.do_eval:
-        metrics.update(stages.evaluate(trainer, prepared))
-    if training.do_predict:
-        stages.predict(trainer, prepared, labels, logger, arguments.data.task_name)
-    if training.do_train:
-        stages.publish(trainer, card_fields(arguments))
-    return metrics
+    return stages.run_stages(
+        trainer, prepared, labels, logger, resume, card_fields(arguments), arguments.data.task_name
+    )
 
 
 def card_fields(arguments: Arguments) -> dict[str, str]:
