@@ -1,4 +1,4 @@
-"""What training steps do on bits: elementwise functions, weights to panels, products of the signs of two tensors."""
+"""Training steps on bits: elementwise functions, weights to panels, products of the signs of two tensors."""
 
 import pytest
 import torch

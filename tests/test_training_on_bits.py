@@ -274,6 +274,17 @@ def test_products_of_the_backward_pass_may_run_in_bfloat16(monkeypatch: pytest.M
     torch.testing.assert_close(*gradients, rtol=0.1, atol=0.02)
 
 
+def test_a_backward_pass_may_run_under_another_backend():
+    gradients = []
+    for backend in (kernels.backend(), "torch"):
+        net = make_net("bert", STE())
+        loss = net.loss()
+        with kernels.using(backend):
+            loss.backward()
+        gradients.append([p.grad for p in net.model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_training_on_bits_learns_as_training_on_floats_does():
     nets = make_net("linear", STE()), on_floats(make_net("linear", STE()))
     losses = [train_steps(net, optimizer_of(net), range(30)) for net in nets]

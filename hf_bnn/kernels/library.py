@@ -152,6 +152,15 @@ def instruction_set() -> int | None:
     return _instruction_sets().get(backend())
 
 
+def best_instruction_set() -> int:
+    """The number of the backend, or of the best one if the backend is torch.
+
+    A backward pass may run under another backend than its forward pass.
+    """
+    found = instruction_set()
+    return next(iter(_instruction_sets().values())) if found is None else found
+
+
 @cache
 def thread_pool() -> int | None:
     """Address of `torch_parallel_for`, part of torch's C interface since 2.10; None if this torch lacks it."""

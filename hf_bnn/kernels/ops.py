@@ -10,8 +10,8 @@ schema, so that an operand is added in one place. Its methods compute the result
 The ops run binary products for inference: no gradient passes through them.
 
 Inputs are compared with a threshold: `x < threshold` counts as -1, anything else as +1. Results are
-`sum * scale + offset` in float32, in the order of the operations of hf_bnn.nn.layers.rescale, then cast to the dtype of
-`x`. Compiled kernels equal `reference` bit for bit, except that `linear_weight_only` sums in another order.
+`sum * scale + offset` in float32, in the order of the operations of hf_bnn.nn.rescaling.rescale, then cast to the dtype
+of `x`. Compiled kernels equal `reference` bit for bit, except that `linear_weight_only` sums in another order.
 """
 
 from collections.abc import Callable

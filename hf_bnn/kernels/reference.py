@@ -21,7 +21,7 @@ def signs(x: Tensor, threshold: float, thresholds: Tensor | None) -> Tensor:
 
 
 def rescaled(sums: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """`sums * scale + offset`, each operation rounded, in the order of hf_bnn.nn.layers.rescale."""
+    """`sums * scale + offset`, each operation rounded, in the order of hf_bnn.nn.rescaling.rescale."""
     y = sums * scale
     return y if offset is None else y.add_(offset)
 

@@ -9,7 +9,7 @@ from ctypes import c_float, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from .library import call, declare, instruction_set, library, thread_pool
+from .library import best_instruction_set, call, declare, instruction_set, library, thread_pool
 from .operands import runs_directly
 from .weights import PAIR, PANEL, WORD, linear_shape
 
@@ -32,7 +32,7 @@ def runs_on_bits(x: Tensor) -> bool:
 def takes_signs(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of these int8 signs is faster here than torch's, which some processors compute slowly."""
     ready = runs_directly(x, weight) and type(weight) is Tensor and instruction_set() is not None
-    return ready and bool(x.numel()) and bool(weight.numel()) and x.dim() > 1
+    return ready and bool(x.numel()) and bool(weight.numel())
 
 
 def dense(x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def dot(left: Tensor, right: Tensor) -> Tensor:
 def _run(function: int, codes: Tensor | None, x: Tensor | None, number: float, out: Tensor, count: int) -> Tensor:
     threads = count >= WORTH_THREADS and torch.get_num_threads() > 1
     library().functions.hf_bnn_elements(
-        *(instruction_set(), thread_pool() if threads else None, function, count),
+        *(best_instruction_set(), thread_pool() if threads else None, function, count),
         *(None if codes is None else codes.data_ptr(), None if x is None else x.data_ptr(), number, out.data_ptr()),
     )
     return out
@@ -130,7 +130,16 @@ def conv2d_panels(weight: Tensor) -> Tensor:
 
 def _pack(weight: Tensor, inputs: int, taps: int, panels: Tensor) -> Tensor:
     pool = thread_pool() if weight.numel() >= WORTH_THREADS and torch.get_num_threads() > 1 else None
-    call("hf_bnn_pack_weight", instruction_set(), pool, weight.data_ptr(), len(weight), inputs, taps, panels.data_ptr())
+    call(
+        "hf_bnn_pack_weight",
+        best_instruction_set(),
+        pool,
+        weight.data_ptr(),
+        len(weight),
+        inputs,
+        taps,
+        panels.data_ptr(),
+    )
     return panels
 
 
@@ -141,5 +150,5 @@ def sign_products(left: Tensor, right: Tensor) -> Tensor:
     out = torch.empty(*batch, n, m)
     threads = count * n * m * k >= PRODUCTS_WORTH_THREADS and torch.get_num_threads() > 1
     addresses = (thread_pool() if threads else None, left.data_ptr(), right.data_ptr())
-    call("hf_bnn_sign_products", instruction_set(), *addresses, count, n, k, m, out.data_ptr())
+    call("hf_bnn_sign_products", best_instruction_set(), *addresses, count, n, k, m, out.data_ptr())
     return out

@@ -10,7 +10,7 @@ from ..functional import exact_matmul, sign
 from ..kernels.reference import MASKED
 from .latent import BinaryLayer, signs_of
 from .levels import BooleanLevels, ElasticLevels, SignedLevels
-from .sign_products import sign_matmul, takes, whole_precision
+from .sign_products import matmul_on_bits, takes, whole_precision
 
 if TYPE_CHECKING:
     from ..methods.base import Method, Part, Site
@@ -62,7 +62,7 @@ class BinaryMatmul(BinaryLayer):
     def _rescale(self, left: Tensor, right: Tensor, product: Tensor | None) -> Tensor:
         """sum (a s + c) (b t + d) = ab sum st + cb sum t + ad sum s + cd k."""
         (a, c), (b, d) = self.left_levels.affine(), self.right_levels.affine()
-        y = sign_matmul(left, right, torch.as_tensor(a * b)) if product is None else product * (a * b)
+        y = matmul_on_bits(left, right, torch.as_tensor(a * b)) if product is None else product * (a * b)
         if self.left_levels.shifted:
             y = y + (c * b) * right.sum(-2, keepdim=True)
         if self.right_levels.shifted:

@@ -13,8 +13,7 @@ from ..functional import WEIGHT_SCALINGS, learning_scale, sign, sign_int8, silen
 from .levels import SignedLevels
 from .products import Conv2dProduct, LinearProduct
 from .rescaling import output_offset, rescale, sign_product
-from .sign_products import PackedSigns, takes, whole_precision
-from .sign_products import sign_product as sign_product_on_bits
+from .sign_products import PackedSigns, product_on_bits, takes, whole_precision
 from .state_forms import own_form
 
 if TYPE_CHECKING:
@@ -220,7 +219,7 @@ class WeightedLayer(BinaryLayer):
         if pure and takes(self.product, signs, weight, self.weight):
             offset = output_offset(per_channel, total, self.input_levels, bias)
             level = torch.as_tensor(self.input_levels.affine()[0])
-            y = sign_product_on_bits(self.product, signs, weight, scale, level, offset, self._packed_signs())
+            y = product_on_bits(self.product, signs, weight, scale, level, offset, self._packed_signs())
         else:
             y = rescale(self.product(signs, weight), per_channel, total, self.input_levels, bias)
         return y.to(self.weight.dtype)

@@ -127,7 +127,7 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     return torch.dot(left.as_strided(*flat).float(), right.as_strided(*flat).float())
 
 
-def sign_product(
+def product_on_bits(
     product: LinearProduct | Conv2dProduct,
     signs: Tensor,
     weight: Tensor,
@@ -170,6 +170,6 @@ class _SignMatmul(torch.autograd.Function):
         return grad_left, grad_right, grad_scale, None
 
 
-def sign_matmul(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+def matmul_on_bits(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """`(left @ right) * scale` for float32 signs `(..., n, k)` and `(..., k, m)` and a 0-d `scale`."""
     return _SignMatmul.apply(left, right, scale, backward_dtype())
