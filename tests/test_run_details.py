@@ -157,6 +157,12 @@ def test_a_signal_to_any_rank_is_one_to_all(monkeypatch: pytest.MonkeyPatch, her
     assert StopAtStepEnd(trainer)._requested() is False
 
 
+@pytest.mark.multiprocess
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(two_ranks):
+    assert [report["stopped"] for report in two_ranks[1]] == [2, 2]
+    assert [report["received"] for report in two_ranks[1]] == [False, True]
+
+
 # Heads and teachers
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import TrainerCallback, set_seed
 from hf_bnn import BinaryTrainer, BinaryTrainingArguments
 from hf_bnn.integrity import CorruptCheckpointError, verify_manifest
 from hf_bnn.training.batch_norm import OVER_RANKS
+from hf_bnn.training.interruption import STOP_SIGNALS
 from hf_bnn.training.nonfinite import NonFiniteTrainingError
 
 
@@ -101,6 +103,25 @@ def diverged(folder: Path) -> dict:
     return found
 
 
+class SignalOnRankOne(TrainerCallback):
+    """Sends rank 1 a signal in step 1, and no other rank."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if args.process_index == 1 and state.global_step == 1:
+            signal.raise_signal(signal.SIGUSR1)
+
+
+def stopped(folder: Path) -> dict:
+    """Where a run ends of which one rank is told to stop."""
+    set_seed(0)
+    args = arguments(folder / "stopped", max_steps=5, save_strategy="no")
+    one = BinaryTrainer(tiny_model(), args, train_dataset=rows(), callbacks=[SignalOnRankOne()])
+    one.stop_signals = STOP_SIGNALS
+    one.train()
+    verify_manifest(folder / "stopped" / "checkpoint-2")
+    return {"stopped": one.interruption.stopped_at, "received": one.interruption.received is not None}
+
+
 def main(folder: Path) -> None:
     digests = {}
     for method in EVERY_METHOD:
@@ -132,7 +153,8 @@ def main(folder: Path) -> None:
         "world_size": trainer.args.world_size,
         "digests": digests,
         **diverged(folder),
-        "normalized": normalized(folder),
+        **stopped(folder),
+        "normalized": normalized(folder),  # last: it sets accelerate's variable for FSDP
     }
     (folder / f"rank{trainer.args.process_index}.json").write_text(json.dumps(report))
     torch.distributed.barrier()  # no rank leaves while another still talks to it
